@@ -1,0 +1,177 @@
+"""Training images: an image folder, an .npz pack, or Fashion-MNIST's IDX files, held in memory as bytes."""
+
+import gzip
+import struct
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+Split = Literal["train", "test"]
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+HELD_OUT = 10
+"""A pack or folder has no test split of its own: every tenth image is held out as one."""
+FASHION_CLASSES = [
+    "T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """Labelled images of one size. images uint8 (N, R, R, C), labels int64 (N,), one name a class."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    class_names: list[str]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batch(self, index: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Images (B, C, R, R) float32 in [-1, 1], channels_last, and labels (B,) int64."""
+        images = torch.from_numpy(self.images[index]).permute(0, 3, 1, 2)
+        return images.float() / 127.5 - 1, torch.from_numpy(self.labels[index])
+
+
+def load_images(
+    path: str | Path,
+    *,
+    resolution: int,
+    channels: int = 3,
+    split: Split = "train",
+    broken: Literal["refuse", "skip"] = "refuse",
+) -> ImageData:
+    """Read all images of one split into memory: R·R·channels bytes an image.
+
+    Args:
+        path: a folder of class folders (or of images: one class), an .npz file with `images` uint8 (N, R, R, C) or
+            (N, R, R), `labels` and optionally `class_names`, or a folder with Fashion-MNIST's four IDX files.
+        resolution: side in pixels. Folder images are center-cropped and resized, 28 px IDX images are padded to 32,
+            packs must fit.
+        channels: 3 for RGB, 1 for gray.
+        split: "train" or "test". IDX files have their own; elsewhere every tenth image is the test split.
+        broken: what to do with a file that cannot be decoded: "refuse" names it, "skip" leaves it out.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        ValueError: empty, broken, or of another size.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"data: {path} must be a folder or an .npz file, got nothing there")
+    if path.is_file():
+        return _split(_read_pack(path, resolution, channels), split)
+    if _idx_file(path, "train-images-idx3-ubyte"):
+        return _read_idx(path, resolution, channels, split)
+    return _split(_read_folder(path, resolution, channels, broken), split)
+
+
+def _split(data: ImageData, split: Split) -> ImageData:
+    held_out = np.arange(len(data)) % HELD_OUT == HELD_OUT - 1
+    chosen = held_out if split == "test" else ~held_out
+    if not chosen.any():
+        raise ValueError(
+            f"data: the {split} split needs at least {HELD_OUT} images, got {len(data)}; add images"
+        )
+    return ImageData(data.images[chosen], data.labels[chosen], data.class_names)
+
+
+def _read_pack(path: Path, resolution: int, channels: int) -> ImageData:
+    try:
+        with np.load(path, allow_pickle=False) as pack:
+            arrays = {key: pack[key] for key in ("images", "labels", "class_names") if key in pack}
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError) as error:
+        raise ValueError(f"{path}: must be an .npz pack, got a file that cannot be read ({error})") from error
+    if missing := [key for key in ("images", "labels") if key not in arrays]:
+        raise ValueError(f"{path}: an .npz pack must have 'images' and 'labels', got no {missing[0]!r}")
+    images, labels = arrays["images"], arrays["labels"].astype(np.int64)
+    names = [str(name) for name in arrays.get("class_names", [])]
+    if images.ndim == 3:
+        images = images[..., None]
+    wanted = f"uint8 (N, {resolution}, {resolution}, {channels})"
+    if images.dtype != np.uint8 or images.shape[1:] != (resolution, resolution, channels):
+        raise ValueError(f"{path}: images must be {wanted}, got {images.dtype} {images.shape}")
+    if labels.shape != (len(images),) or len(images) == 0 or labels.min() < 0:
+        raise ValueError(
+            f"{path}: labels must be one number from 0 up for each of {len(images)} images, got {labels.shape}"
+        )
+    names = names or [str(i) for i in range(int(labels.max()) + 1)]
+    if labels.max() >= len(names):
+        raise ValueError(f"{path}: labels must be below {len(names)} classes, got {labels.max()}")
+    return ImageData(images, labels, names)
+
+
+def _idx_file(folder: Path, stem: str) -> Path | None:
+    return next((p for p in (folder / stem, folder / f"{stem}.gz") if p.is_file()), None)
+
+
+def _read_idx(folder: Path, resolution: int, channels: int, split: Split) -> ImageData:
+    stem = "train" if split == "train" else "t10k"
+    arrays = []
+    for kind in ("images-idx3-ubyte", "labels-idx1-ubyte"):
+        file = _idx_file(folder, f"{stem}-{kind}")
+        if file is None:
+            raise FileNotFoundError(f"data: {folder} must have {stem}-{kind} or {stem}-{kind}.gz, got neither")
+        try:
+            blob = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+            dims = blob[3]
+            shape = struct.unpack(f">{dims}I", blob[4 : 4 + 4 * dims])
+            arrays.append(np.frombuffer(blob, np.uint8, offset=4 + 4 * dims).reshape(shape))
+        except (OSError, EOFError, IndexError, struct.error, ValueError) as error:
+            raise ValueError(f"{file}: must be a whole IDX file, got one that cannot be read ({error})") from error
+    images, labels = arrays
+    margin = resolution - images.shape[1]
+    if margin < 0 or margin % 2 or channels != 1:
+        raise ValueError(
+            f"data: IDX images of {images.shape[1]} px are padded to an even margin and have 1 channel, "
+            f"got resolution {resolution} and {channels} channels; use resolution 32 and image_channels 1"
+        )
+    padded = np.pad(images, ((0, 0), (margin // 2,) * 2, (margin // 2,) * 2))[..., None]
+    names = FASHION_CLASSES if labels.max() < 10 else [str(i) for i in range(int(labels.max()) + 1)]
+    return ImageData(padded, labels.astype(np.int64), names)
+
+
+def _read_folder(folder: Path, resolution: int, channels: int, broken: str) -> ImageData:
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+    if not files:
+        raise ValueError(
+            f"data: {folder} must hold images ({', '.join(sorted(IMAGE_SUFFIXES))}) or IDX files, got none"
+        )
+    classes = sorted({_class_of(file, folder) for file in files})
+    images, labels = [], []
+    for file in files:
+        try:
+            with Image.open(file) as image:
+                images.append(_fit(image, resolution, channels))
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            if broken == "refuse":
+                raise ValueError(
+                    f"{file}: must be an image, got one that cannot be decoded ({error}); "
+                    "mend or remove it, or skip broken images"
+                ) from error
+            continue
+        labels.append(classes.index(_class_of(file, folder)))
+    if not images:
+        raise ValueError(f"data: {folder} must hold images, got only broken ones ({len(files)} files)")
+    return ImageData(np.stack(images), np.array(labels, np.int64), classes)
+
+
+def _class_of(file: Path, folder: Path) -> str:
+    parts = file.relative_to(folder).parts
+    return parts[0] if len(parts) > 1 else folder.resolve().name
+
+
+def _fit(image: Image.Image, resolution: int, channels: int) -> np.ndarray:
+    image = image.convert("L" if channels == 1 else "RGB")
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    image = image.crop((left, top, left + side, top + side))
+    if side != resolution:
+        image = image.resize((resolution, resolution), Image.Resampling.LANCZOS)
+    return np.asarray(image, np.uint8).reshape(resolution, resolution, channels)

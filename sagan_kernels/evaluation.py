@@ -1,0 +1,152 @@
+"""How good samples are: Fréchet distance, class accuracy, diversity within a class, distance to training images."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sagan_kernels.data import ImageData
+from sagan_kernels.features import FeatureNet, embed, frechet_distance
+from sagan_kernels.models.statistics import truncated_normal
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Figures of one set of images against the real training images.
+
+    fid: Fréchet distance in the feature network's space (never comparable with an Inception FID).
+    accuracy: share of images that the feature network puts into the class they were made for.
+    diversity: mean absolute pixel difference of two images of one class, over the same of real images.
+    feature_diversity: the same with Euclidean distances of features.
+    num_images: how many images were scored.
+    """
+
+    fid: float
+    accuracy: float
+    diversity: float
+    feature_diversity: float
+    num_images: int
+
+    def to_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+class Scorer:
+    """Scores images in the space of one feature network against one set of real training images.
+
+    Args:
+        net: the feature network; its name names the scores.
+        train: the real training images.
+        pairs_per_class: random pairs that diversity is averaged over.
+    """
+
+    def __init__(self, net: FeatureNet, train: ImageData, *, pairs_per_class: int = 400) -> None:
+        self.net, self.pairs_per_class = net, pairs_per_class
+        self.num_classes = len(train.class_names)
+        self._train_features, _ = embed(net, _real_batches(train))
+        self._pixels = within_class_distance(train.images, train.labels, pairs_per_class)
+        self._features = within_class_distance(self._train_features, train.labels, pairs_per_class, euclidean=True)
+
+    def score(self, data: ImageData) -> Scores:
+        """Scores of labelled images, real or generated."""
+        features, predicted = embed(self.net, _real_batches(data))
+        pixels = within_class_distance(data.images, data.labels, self.pairs_per_class)
+        apart = within_class_distance(features, data.labels, self.pairs_per_class, euclidean=True)
+        present = ~np.isnan(pixels)
+        return Scores(
+            fid=frechet_distance(self._train_features, features),
+            accuracy=float((predicted == data.labels).mean()),
+            diversity=float(pixels[present].mean() / self._pixels[present].mean()),
+            feature_diversity=float(apart[present].mean() / self._features[present].mean()),
+            num_images=len(data),
+        )
+
+
+def within_class_distance(
+    samples: np.ndarray, labels: np.ndarray, pairs: int, *, euclidean: bool = False
+) -> np.ndarray:
+    """Mean distance of random pairs of one class, for each class: (K,), NaN where a class has fewer than two.
+
+    Args:
+        samples: (N, ...): bytes of images or features.
+        labels: (N,).
+        pairs: pairs drawn for each class, always the same ones.
+        euclidean: Euclidean distance instead of the mean absolute difference on a scale where 255 is 1.
+    """
+    random = np.random.default_rng(0)
+    result = np.full(int(labels.max()) + 1, np.nan)
+    for label in range(len(result)):
+        index = np.flatnonzero(labels == label)
+        if len(index) < 2:
+            continue
+        first = random.integers(len(index), size=pairs)
+        second = (first + random.integers(1, len(index), size=pairs)) % len(index)  # never the same image twice
+        difference = samples[index[first]].astype(np.float64) - samples[index[second]]
+        difference = difference.reshape(pairs, -1)
+        distance = np.linalg.norm(difference, axis=1) if euclidean else np.abs(difference).mean(1) / 255
+        result[label] = distance.mean()
+    return result
+
+
+def generate(
+    generator: Callable[[Tensor, Tensor | None], Tensor],
+    config: dict,
+    num_images: int,
+    *,
+    class_names: list[str],
+    truncation: float | None = None,
+    batch_size: int = 64,
+    seed: int = 0,
+) -> ImageData:
+    """`num_images` samples with balanced labels, rounded to bytes.
+
+    Args:
+        generator: a generator in eval mode or its inference form.
+        config: the generator's configuration, for z_dim and num_classes.
+        num_images: how many.
+        class_names: names of the labels; one name for an unconditional generator.
+        truncation: limit of the latents, None for none.
+        batch_size: images a forward pass.
+        seed: of the latents.
+    """
+    random = torch.Generator().manual_seed(seed)
+    labels = np.arange(num_images) % max(config["num_classes"], 1)
+    images = []
+    with torch.inference_mode():
+        for start in range(0, num_images, batch_size):
+            label = torch.from_numpy(labels[start : start + batch_size])
+            z = truncated_normal((len(label), config["z_dim"]), truncation, random)
+            x = generator(z, label if config["num_classes"] else None)
+            images.append(to_bytes(x))
+    return ImageData(np.concatenate(images), labels, class_names)
+
+
+def to_bytes(x: Tensor) -> np.ndarray:
+    """(B, C, H, W) in [-1, 1] -> uint8 (B, H, W, C), rounded to the nearest."""
+    return ((x.float() + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def nearest_training_images(samples: ImageData, train: ImageData) -> tuple[np.ndarray, np.ndarray]:
+    """For each sample the index of the closest training image by pixels, and its root-mean-square distance.
+
+    Returns:
+        index int64 (N,), distance float64 (N,) on a scale where black to white is 1.
+    """
+    flat = torch.from_numpy(train.images.reshape(len(train), -1)).float() / 255
+    squares = flat.square().sum(1)
+    index, distance = [], []
+    for start in range(0, len(samples), 256):
+        x = torch.from_numpy(samples.images[start : start + 256].reshape(-1, flat.shape[1])).float() / 255
+        squared = x.square().sum(1, keepdim=True) + squares - 2 * x @ flat.T
+        best = squared.min(1)
+        index.append(best.indices.numpy())
+        distance.append((best.values.clamp_min(0) / flat.shape[1]).sqrt().double().numpy())
+    return np.concatenate(index), np.concatenate(distance)
+
+
+def _real_batches(data: ImageData, batch_size: int = 256) -> Iterator[Tensor]:
+    for start in range(0, len(data), batch_size):
+        yield data.batch(np.arange(start, min(start + batch_size, len(data))))[0]
+

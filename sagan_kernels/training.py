@@ -1,0 +1,402 @@
+"""Training a SAGAN from one recipe: hinge loss, two time-scale Adam, EMA, DiffAugment, R1; resumable to the bit."""
+
+import difflib
+import json
+import math
+import os
+import platform
+import time
+import tomllib
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import sagan_kernels
+from sagan_kernels import losses, regularizers
+from sagan_kernels.augment import POLICIES, diff_augment
+from sagan_kernels.data import ImageData
+from sagan_kernels.evaluation import Scorer, generate, within_class_distance
+from sagan_kernels.features import fingerprint
+from sagan_kernels.files import write_atomically
+from sagan_kernels.models.sagan import Discriminator, Generator
+from sagan_kernels.models.statistics import standing_statistics
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run. Learning rates and moments default to the paper's, arXiv:1805.08318, section 4."""
+
+    batch_size: int = 256  # real images a discriminator step
+    total_kimg: int = 256_000  # run length, thousands of real images shown
+    lr_g: float = 1e-4  # Adam step size of the generator
+    lr_d: float = 4e-4  # of the discriminator: two time scales, arXiv:1706.08500
+    beta1: float = 0.0  # Adam, both networks
+    beta2: float = 0.9
+    d_steps: int = 1  # discriminator steps a generator step
+    ema_decay: float = 0.999  # of the generator's weights, a generator step
+    augment: tuple[str, ...] = ()  # DiffAugment policies: color, translation, cutout
+    r1_gamma: float = 0.0  # weight of the R1 penalty, as γ/2 · E‖∇D(real)‖²
+    r1_every: int = 16  # discriminator steps between R1 steps, whose weight is multiplied by this (lazy)
+    diversity: float = 0.0  # weight of regularizers.diversity_shortfall in the generator's loss
+    precision: str = "fp32"  # or "bf16": autocast of both networks' forward passes; R1 stays in fp32
+    seed: int = 0
+    log_every: int = 50  # generator steps between lines of metrics.jsonl
+    checkpoint_every: int = 500  # generator steps
+    score_every: int = 500  # generator steps; each score may become the new best
+    score_images: int = 2000
+    grid_every: int = 500  # generator steps between sample grids
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "total_kimg", "lr_g", "lr_d", "d_steps", "r1_every", "log_every",
+                     "checkpoint_every", "score_every", "score_images", "grid_every"):  # fmt: skip
+            if not getattr(self, name) > 0:
+                raise ValueError(f"[train] {name}: must be positive, got {getattr(self, name)}")
+        for name in ("beta1", "beta2", "ema_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"[train] {name}: must be at least 0 and below 1, got {getattr(self, name)}")
+        if self.precision not in ("fp32", "bf16"):
+            raise ValueError(f"[train] precision: must be fp32 or bf16, got {self.precision!r}")
+        if unknown := [name for name in self.augment if name not in POLICIES]:
+            raise ValueError(f"[train] augment: must be among {', '.join(POLICIES)}, got {unknown[0]!r}")
+        if self.diversity and self.batch_size % 2:
+            raise ValueError(
+                f"[train] diversity: needs an even batch_size to make pairs, got batch_size {self.batch_size}"
+            )
+
+    @property
+    def total_steps(self) -> int:
+        """Generator steps of the whole run."""
+        return max(1, math.ceil(self.total_kimg * 1000 / (self.batch_size * self.d_steps)))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a zoo TOML says about making a model: keyword arguments of both networks, and the training run."""
+
+    name: str
+    generator: dict[str, Any]
+    discriminator: dict[str, Any]
+    train: TrainConfig
+
+
+def load_recipe(path: str | Path, **overrides: Any) -> Recipe:
+    """Read the [generator], [discriminator] and [train] tables of a TOML file; `overrides` replace train fields.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not TOML, an unknown key (with the nearest known one), or a value out of range.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"recipe: {path} must be a TOML file such as those in zoo/, got nothing there")
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path.name}: must be TOML, got {error}") from error
+    table = tables.get("train", {}) | overrides
+    known = [f.name for f in fields(TrainConfig)]
+    for key in sorted(table.keys() - set(known)):
+        close = difflib.get_close_matches(key, known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
+        raise ValueError(f"{path.name}: [train] must have known keys only, got {key!r}; {hint}")
+    table["augment"] = tuple(table.get("augment", ()))
+    return Recipe(path.stem, tables.get("generator", {}), tables.get("discriminator", {}), TrainConfig(**table))
+
+
+class Run:
+    """The state of one training run: everything a checkpoint holds, and one method a step.
+
+    Random numbers of a step come from (seed, step) alone and batches from (seed, epoch), so a resumed run repeats the
+    uninterrupted one exactly, on the same device and number of threads.
+    """
+
+    def __init__(self, recipe: Recipe, data: ImageData) -> None:
+        self.config, self.data = recipe.train, data
+        with torch.random.fork_rng():
+            torch.manual_seed(self.config.seed)
+            self.generator = Generator(**recipe.generator).to(memory_format=torch.channels_last)
+            self.discriminator = Discriminator(**recipe.discriminator).to(memory_format=torch.channels_last)
+            self.ema = Generator(**recipe.generator).to(memory_format=torch.channels_last)
+        _check_fit(self.generator, self.discriminator, data)
+        self.ema.load_state_dict(self.generator.state_dict())
+        self.ema.requires_grad_(False).eval()
+        betas = (float(self.config.beta1), float(self.config.beta2))
+        self.optimizer_g = torch.optim.Adam(self.generator.parameters(), self.config.lr_g, betas, fused=True)
+        self.optimizer_d = torch.optim.Adam(self.discriminator.parameters(), self.config.lr_d, betas, fused=True)
+        self.step = 0  # generator steps done
+        self.best: dict[str, float] | None = None
+        pixels = within_class_distance(data.images, data.labels, 400)
+        self.real_distance = torch.from_numpy(np.nan_to_num(pixels, nan=1e-6)).float() * 2  # images are [-1, 1]
+
+    def advance(self) -> dict[str, float]:
+        """One generator step after d_steps discriminator steps; returns the losses."""
+        random = torch.Generator().manual_seed(_seed(self.config.seed, self.step))
+        logs: dict[str, float] = {}
+        for i in range(self.config.d_steps):
+            logs |= self._discriminator_step(self.step * self.config.d_steps + i, random)
+        logs |= self._generator_step(random)
+        self._average()
+        self.step += 1
+        return logs
+
+    def _discriminator_step(self, d_step: int, random: torch.Generator) -> dict[str, float]:
+        real, label = self._batch(d_step)
+        with self._autocast():
+            z, fake_label = self._latents(len(real), random)
+            with torch.no_grad():
+                fake = self.generator(z, fake_label).float()
+            both = diff_augment(torch.cat([real, fake]), self.config.augment, random)
+            labels = None if label is None or fake_label is None else torch.cat([label, fake_label])
+            logits = self.discriminator(both.contiguous(memory_format=torch.channels_last), labels).float()
+        real_logits, fake_logits = logits.chunk(2)
+        loss = losses.hinge_d(real_logits, fake_logits)
+        logs = {
+            "loss_d": loss.item(),
+            "real_logit": real_logits.mean().item(),
+            "fake_logit": fake_logits.mean().item(),
+        }
+        self.optimizer_d.zero_grad()
+        loss.backward()
+        if self.config.r1_gamma and d_step % self.config.r1_every == 0:
+            seen = diff_augment(real, self.config.augment, random)
+            penalty = regularizers.r1_penalty(self.discriminator, seen, label)
+            (penalty * (self.config.r1_gamma / 2 * self.config.r1_every)).backward()
+            logs["r1"] = penalty.item()
+        self.optimizer_d.step()
+        return logs
+
+    def _generator_step(self, random: torch.Generator) -> dict[str, float]:
+        self.discriminator.requires_grad_(False)
+        z, label = self._latents(self.config.batch_size, random, pairs=bool(self.config.diversity))
+        with self._autocast():
+            fake = self.generator(z, label)
+            seen = diff_augment(fake.float(), self.config.augment, random)
+            seen = seen.contiguous(memory_format=torch.channels_last)
+            adversarial = losses.hinge_g(self.discriminator(seen, label).float())
+        logs = {"loss_g": adversarial.item()}
+        loss = adversarial
+        if self.config.diversity:
+            rows = slice(0, 1) if label is None else label[: len(z) // 2]
+            shortfall = regularizers.diversity_shortfall(fake.float(), self.real_distance[rows])
+            logs["diversity_shortfall"] = shortfall.item()
+            loss = loss + self.config.diversity * shortfall
+        self.optimizer_g.zero_grad()
+        loss.backward()
+        self.optimizer_g.step()
+        self.discriminator.requires_grad_(True)
+        return logs
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        # a short memory at first, or the average would carry the random initial weights for long
+        decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
+        torch._foreach_lerp_(list(self.ema.parameters()), list(self.generator.parameters()), 1 - decay)
+        # running statistics and singular vectors are copied: an average of unit vectors is not one
+        torch._foreach_copy_(list(self.ema.buffers()), list(self.generator.buffers()))
+
+    def _batch(self, d_step: int) -> tuple[Tensor, Tensor | None]:
+        size = min(self.config.batch_size, len(self.data))
+        epoch, at = divmod(d_step, len(self.data) // size)
+        order = np.random.default_rng((self.config.seed, epoch)).permutation(len(self.data))
+        real, label = self.data.batch(order[at * size : (at + 1) * size])
+        return real, label if self.generator.num_classes else None
+
+    def _latents(
+        self, count: int, random: torch.Generator, *, pairs: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        z = torch.randn(count, self.generator.z_dim, generator=random)
+        if not self.generator.num_classes:
+            return z, None
+        label = torch.randint(self.generator.num_classes, (count,), generator=random)
+        return z, torch.cat([label[: count // 2]] * 2) if pairs else label
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.config.precision == "bf16")
+
+    def sampler(self) -> Generator:
+        """The averaged generator with batch-norm statistics of its own: what is scored, shown and shipped."""
+        return standing_statistics(self.ema)
+
+    def save(self, path: Path) -> None:
+        """Write everything needed to go on."""
+        state = {
+            "step": self.step,
+            "best": self.best,
+            "generator": self.generator.state_dict(),
+            "discriminator": self.discriminator.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer_g": self.optimizer_g.state_dict(),
+            "optimizer_d": self.optimizer_d.state_dict(),
+        }
+        write_atomically(path, lambda temporary: torch.save(state, temporary))
+
+    def load(self, path: Path) -> None:
+        """Go on from what `save` wrote."""
+        state = torch.load(path, weights_only=True)
+        self.step, self.best = state["step"], state["best"]
+        for name in ("generator", "discriminator", "ema", "optimizer_g", "optimizer_d"):
+            getattr(self, name).load_state_dict(state[name])
+
+
+def train(recipe: Recipe, data: ImageData, out: str | Path, *, scorer: Scorer | None = None) -> dict[str, float]:
+    """Train to the recipe's length, resuming where `out` holds a run of the same settings.
+
+    `out` gets settings.json (everything that decides the run), metrics.jsonl (a line every log_every steps),
+    checkpoint.pt, grids/*.png and best/: both networks of the best score so far, ready for `from_pretrained`.
+
+    Args:
+        recipe: networks and settings.
+        data: the training split.
+        out: the run folder.
+        scorer: scores samples; None leaves scores out, and best/ is the latest.
+
+    Returns:
+        The best scores.
+
+    Raises:
+        ValueError: networks and data do not fit, or `out` holds a run with other settings.
+        FloatingPointError: a loss is not finite.
+    """
+    out = Path(out)
+    run = Run(recipe, data)
+    _settings(recipe, data, out)
+    checkpoint, metrics = out / "checkpoint.pt", out / "metrics.jsonl"
+    if checkpoint.is_file():
+        run.load(checkpoint)
+    _forget_after(metrics, run.step)
+    config = run.config
+    bar = tqdm(total=config.total_steps, initial=run.step, unit="step", desc=recipe.name, smoothing=0.02)
+    with metrics.open("a", encoding="utf-8") as log:
+        while run.step < config.total_steps:
+            logs = run.advance()
+            bar.update()
+            if not all(map(math.isfinite, logs.values())):
+                raise FloatingPointError(
+                    f"train: losses must be finite, got {logs} at step {run.step}; "
+                    f"resume from {checkpoint} with a lower learning rate"
+                )
+            last = run.step == config.total_steps
+            if run.step % config.score_every == 0 or last:
+                logs |= _score(run, scorer, out)
+                bar.set_postfix({key: f"{logs[key]:.3g}" for key in ("fid", "diversity") if key in logs})
+            if run.step % config.grid_every == 0 or last:
+                _grid(run, out / "grids" / f"{run.step:07d}.png")
+            if run.step % config.log_every == 0 or "fid" in logs or last:
+                log.write(json.dumps({"step": run.step} | logs) + "\n")
+                log.flush()
+            if run.step % config.checkpoint_every == 0 or last:
+                run.save(checkpoint)
+    bar.close()
+    return run.best or {}
+
+
+def _check_fit(generator: Generator, discriminator: Discriminator, data: ImageData) -> None:
+    for key in ("resolution", "num_classes", "image_channels"):
+        if generator.config[key] != discriminator.config[key]:
+            raise ValueError(
+                f"recipe: {key} must be the same in [generator] and [discriminator], "
+                f"got {generator.config[key]} and {discriminator.config[key]}"
+            )
+    side, channels = data.images.shape[2:]
+    if (side, channels) != (generator.resolution, generator.config["image_channels"]):
+        raise ValueError(
+            f"recipe: images must be {generator.resolution} px with {generator.config['image_channels']} channels, "
+            f"got {side} px with {channels}"
+        )
+    if generator.num_classes and generator.num_classes != len(data.class_names):
+        raise ValueError(
+            f"recipe: num_classes must be the data's {len(data.class_names)}, or 0, got {generator.num_classes}"
+        )
+
+
+def _settings(recipe: Recipe, data: ImageData, out: Path) -> None:
+    """Write settings.json, or check that the run in `out` has the same."""
+    decides = {
+        "name": recipe.name,
+        "generator": Generator(**recipe.generator).config,
+        "discriminator": Discriminator(**recipe.discriminator).config,
+        "train": asdict(recipe.train) | {"augment": list(recipe.train.augment)},
+        "data": {"images": len(data), "class_names": data.class_names, "sha256": fingerprint(data)},
+    }
+    path = out / "settings.json"
+    if path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        for table, values in decides.items():
+            if before.get(table) != values:
+                raise ValueError(
+                    f"train: {out} holds a run with another [{table}], got {_difference(before.get(table), values)}; "
+                    "choose another folder"
+                )
+        return
+    machine = {
+        "sagan_kernels": sagan_kernels.__version__, "torch": torch.__version__, "python": platform.python_version(),
+        "threads": torch.get_num_threads(), "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }  # fmt: skip
+    text = json.dumps(decides | {"machine": machine}, indent=1, ensure_ascii=False)
+    write_atomically(path, lambda temporary: temporary.write_text(text + os.linesep, encoding="utf-8"))
+
+
+def _difference(before: Any, after: Any) -> str:
+    if isinstance(before, dict) and isinstance(after, dict):
+        changed = [key for key in before.keys() | after.keys() if before.get(key) != after.get(key)]
+        return ", ".join(f"{key} {before.get(key)!r} there and {after.get(key)!r} here" for key in sorted(changed))
+    return f"{before!r} there and {after!r} here"
+
+
+def _forget_after(metrics: Path, step: int) -> None:
+    """Drop lines written after the checkpoint: the resumed run writes them again."""
+    if not metrics.is_file():
+        return
+    kept = []
+    for line in metrics.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except json.JSONDecodeError:  # the line a kill cut short
+            break
+    write_atomically(metrics, lambda temporary: temporary.write_text("".join(kept), encoding="utf-8"))
+
+
+def _score(run: Run, scorer: Scorer | None, out: Path) -> dict[str, float]:
+    sampler = run.sampler()
+    scores: dict[str, float] = {}
+    if scorer is not None:
+        samples = generate(
+            sampler, sampler.config, run.config.score_images, class_names=run.data.class_names, seed=1
+        )
+        scores = scorer.score(samples).to_dict()
+    if run.best is None or not scores or scores["fid"] <= run.best["fid"]:
+        run.best = {"step": run.step} | scores
+        _save_best(run, sampler, out / "best")
+    return scores
+
+
+
+def _save_best(run: Run, sampler: Generator, folder: Path) -> None:
+    from safetensors.torch import save_file
+
+    for name, net in (("generator", sampler), ("discriminator", run.discriminator)):
+        tensors = {key: value.contiguous() for key, value in net.state_dict().items()}
+        write_atomically(folder / f"{name}.safetensors", lambda t, tensors=tensors: save_file(tensors, t))
+
+
+def _grid(run: Run, path: Path, columns: int = 8) -> None:
+    from PIL import Image
+
+    K = max(run.generator.num_classes, 1)
+    order = generate(run.sampler(), run.generator.config, columns * K, class_names=run.data.class_names, seed=2)
+    R = run.generator.resolution
+    sheet = np.zeros((K * R, columns * R, order.images.shape[3]), np.uint8)
+    for k in range(K):
+        sheet[k * R : (k + 1) * R] = np.concatenate(list(order.images[order.labels == k]), 1)
+    write_atomically(path, lambda t: Image.fromarray(sheet.squeeze()).save(t))
+
+
+def _seed(*numbers: int) -> int:
+    """One 63-bit seed from several numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)

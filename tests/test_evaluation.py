@@ -1,0 +1,85 @@
+"""Scores of images against figures worked out another way."""
+
+import numpy as np
+import pytest
+import torch
+
+from sagan_kernels.data import ImageData
+from sagan_kernels.evaluation import (
+    Scorer,
+    generate,
+    nearest_training_images,
+    to_bytes,
+    within_class_distance,
+)
+from sagan_kernels.features import FeatureNet
+from sagan_kernels.models import Generator
+
+
+def noise(count=60, classes=3, low=0, high=256, seed=0):
+    rng = np.random.default_rng(seed)
+    images = rng.integers(low, high, (count, 32, 32, 1), np.uint8)
+    return ImageData(images, np.arange(count) % classes, [str(i) for i in range(classes)])
+
+
+def test_distance_of_uniform_noise_is_a_third():
+    # E|a - b| of two independent uniform numbers on [0, 1] is 1/3
+    data = noise()
+    np.testing.assert_allclose(within_class_distance(data.images, data.labels, 100), 1 / 3, atol=0.01)
+
+
+def test_distance_never_pairs_an_image_with_itself():
+    images = np.stack([np.zeros((4, 4, 1), np.uint8), np.full((4, 4, 1), 255, np.uint8)])
+    np.testing.assert_allclose(within_class_distance(images, np.zeros(2, np.int64), 50), 1.0)
+
+
+def test_distance_of_a_class_with_one_image_is_unknown():
+    data = noise(4, classes=3)  # labels 0 1 2 0
+    assert np.isnan(within_class_distance(data.images, data.labels, 5)).tolist() == [False, True, True]
+
+
+def test_real_images_score_as_themselves_and_collapsed_ones_do_not():
+    torch.manual_seed(0)
+    data = noise(120)
+    scorer = Scorer(FeatureNet("noise-cnn", 1, 3, width=4).eval(), data, pairs_per_class=200)
+    same = scorer.score(data)
+    assert same.fid == pytest.approx(0, abs=1e-7)
+    assert same.diversity == pytest.approx(1)
+    assert same.feature_diversity == pytest.approx(1)
+    collapsed = ImageData(data.images[data.labels % 3][:], data.labels, data.class_names)  # one image a class
+    scores = scorer.score(collapsed)
+    assert scores.diversity == 0
+    assert scores.feature_diversity < 1e-6
+    assert scores.fid > same.fid
+
+
+def test_accuracy_is_the_share_of_agreeing_labels():
+    data = noise(30)
+    net = FeatureNet("noise-cnn", 1, 3, width=4).eval()
+    with torch.no_grad():
+        net.head.weight.zero_()
+        net.head.bias.copy_(torch.tensor([0.0, 1.0, 0.0]))  # always says class 1
+    assert Scorer(net, data).score(data).accuracy == pytest.approx(1 / 3)
+
+
+def test_bytes_round_to_the_nearest():
+    x = torch.tensor([-1.0, -1 + 0.6 / 127.5, 0.0, 1.0, 1.5]).reshape(1, 1, 1, 5)
+    assert to_bytes(x).ravel().tolist() == [0, 1, 128, 255, 255]
+
+
+def test_generated_sets_are_balanced_and_repeatable():
+    generator = Generator(32, 3, z_dim=8, base_channels=2, image_channels=1, attention_at=()).eval()
+    first = generate(generator, generator.config, 10, class_names=["a", "b", "c"], batch_size=4)
+    again = generate(generator, generator.config, 10, class_names=["a", "b", "c"], batch_size=10)
+    assert np.bincount(first.labels).tolist() == [4, 3, 3]
+    assert first.images.shape == (10, 32, 32, 1)
+    assert np.abs(first.images.astype(int) - again.images.astype(int)).max() <= 1
+
+
+def test_nearest_training_image_is_found_with_its_distance():
+    train = noise(50)
+    shifted = np.clip(train.images[[7, 31]].astype(int) + 3, 0, 255).astype(np.uint8)
+    index, distance = nearest_training_images(ImageData(shifted, np.zeros(2), ["a"]), train)
+    assert index.tolist() == [7, 31]
+    expected = np.sqrt(np.square(shifted / 255 - train.images[[7, 31]] / 255).mean((1, 2, 3)))
+    np.testing.assert_allclose(distance, expected, rtol=1e-3)
