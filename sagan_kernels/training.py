@@ -370,7 +370,7 @@ def _score(run: Run, scorer: Scorer | None, out: Path) -> dict[str, float]:
             sampler, sampler.config, run.config.score_images, class_names=run.data.class_names, seed=1
         )
         scores = scorer.score(samples).to_dict()
-    if run.best is None or not scores or scores["fid"] <= run.best["fid"]:
+    if run.best is None or scores.get("fid", -math.inf) <= run.best.get("fid", math.inf):
         run.best = {"step": run.step} | scores
         _save_best(run, sampler, out / "best")
     return scores

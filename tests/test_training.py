@@ -70,7 +70,7 @@ def test_resumed_run_repeats_the_uninterrupted_one(tmp_path, precision):
     Stopping.count = 0
     stopping = Stopping(data.images, data.labels, data.class_names)
     with pytest.raises(Stopped):
-        train(recipe(precision=precision), stopping, tmp_path / "cut", scorer=None)
+        train(recipe(precision=precision), stopping, tmp_path / "cut", scorer=scorer)
     train(recipe(precision=precision), data, tmp_path / "cut", scorer=scorer)
 
     whole, cut = metrics(tmp_path / "whole"), metrics(tmp_path / "cut")

@@ -24,8 +24,14 @@ def fold_spectral_norm(model: nn.Module) -> nn.Module:
     """
     was_training = model.training
     model.eval()  # a training-mode read of the weight would advance u and v once more
-    for module in model.modules():
+    for module in list(model.modules()):
         if parametrize.is_parametrized(module):
-            for name in list(module.parametrizations):  # type: ignore[arg-type]
-                parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+            # torch.nn.utils.parametrize.remove_parametrizations deletes the property from a class that deep copies
+            # share, which breaks every other copy: give this module its own class back instead
+            names = list(module.parametrizations)  # type: ignore[arg-type]
+            weights = {name: getattr(module, name).detach().clone() for name in names}
+            del module.parametrizations
+            module.__class__ = type(module).__bases__[0]
+            for name, weight in weights.items():
+                module.register_parameter(name, nn.Parameter(weight))
     return model.train(was_training)

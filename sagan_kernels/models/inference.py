@@ -1,0 +1,186 @@
+"""The inference form of a generator: the same function by exact algebra, with less to do."""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sagan_kernels.models.sagan import Generator, UpBlock
+from sagan_kernels.nn import ConditionalBatchNorm2d, SelfAttention2d, fold_spectral_norm
+from sagan_kernels.ops import attention, upsample_kernel
+from sagan_kernels.reference import positions
+
+
+def inference_generator(generator: Generator, *, dtype: torch.dtype = torch.float32) -> "InferenceGenerator":
+    """A copy of `generator` for sampling only; the original is left as it is.
+
+    What changes, all of it exact: spectral norm is baked into the weights; eval-mode conditional batch norm is one
+    affine map looked up by class, with the bias of the convolution before it; the last batch norm is folded into the
+    convolutions before it; enlargement and 3×3 convolution are one 4×4 transposed convolution whose kernel is made
+    once; 1×1 shortcuts run before the enlargement; everything is channels_last.
+
+    Args:
+        generator: trained; its stored batch-norm statistics are used, so fit them first (`standing_statistics`).
+        dtype: float32, equal to the eval-mode generator to 1e-5; or bfloat16, to about 1e-2 on the scale of [-1, 1],
+            with attention in float32.
+
+    Returns:
+        A module called as (z, label) that gives float32 images, and refuses to train.
+    """
+    return InferenceGenerator(fold_spectral_norm(copy.deepcopy(generator)).eval(), dtype)
+
+
+class InferenceGenerator(nn.Module):
+    """Made by `inference_generator`. z (B, z_dim), label (B,) or None -> images (B, C, H, W) float32."""
+
+    def __init__(self, generator: Generator, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.config, self.dtype = generator.config, dtype
+        self.resolution, self.num_classes, self.z_dim = (
+            generator.resolution, generator.num_classes, generator.z_dim,
+        )  # fmt: skip
+        linear = generator.linear
+        # rows in (4, 4, C) order: the view as an image is channels_last at no cost
+        order = torch.arange(linear.out_features, device=linear.bias.device).view(-1, 16).T.flatten()
+        self.register_buffer("seed_weight", linear.weight.detach()[order].to(dtype))
+        self.register_buffer("seed_bias", linear.bias.detach()[order].to(dtype))
+
+        last_scale, last_shift = _plain_affine(generator.norm)
+        folds = str(generator.resolution) not in generator.attention  # else attention comes between
+        blocks: list[nn.Module] = []
+        for i, block in enumerate(generator.blocks):
+            after = (last_scale, last_shift) if folds and i == len(generator.blocks) - 1 else None
+            make = _UpBlock if isinstance(block, UpBlock) else _PlainUpBlock
+            blocks.append(make(block, after, dtype))
+        self.blocks = nn.ModuleList(blocks)
+        self.attention = nn.ModuleDict({k: _Attention(m, dtype) for k, m in generator.attention.items()})  # type: ignore[arg-type]
+        self.last: _Affine | None = None if folds else _Affine(last_scale[None], last_shift[None], dtype)
+        self.to_image = _Convolution(generator.to_image.weight, generator.to_image.bias, dtype)
+        self.requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def forward(self, z: Tensor, label: Tensor | None = None) -> Tensor:
+        if self.num_classes and label is None:
+            raise ValueError(f"Generator: a label is needed, one of {self.num_classes} classes, got None")
+        label = label if self.num_classes else None
+        x = F.linear(z.to(self.dtype), self.seed_weight, self.seed_bias)
+        x = x.view(len(z), 4, 4, -1).permute(0, 3, 1, 2)
+        for block in self.blocks:
+            x = block(x, label)
+            side = str(x.shape[3])
+            if side in self.attention:
+                x = self.attention[side](x)
+        x = x.relu_() if self.last is None else self.last(x, None).relu_()
+        return torch.tanh(self.to_image(x).float())
+
+    def train(self, mode: bool = True) -> "InferenceGenerator":
+        if mode:
+            raise NotImplementedError(
+                "InferenceGenerator: must stay in eval mode, got train(); train the generator it was made from"
+            )
+        return super().train(mode)
+
+
+class _Affine(nn.Module):
+    """y = scale[label] · x + shift[label]; row 0 when label is None."""
+
+    def __init__(self, scale: Tensor, shift: Tensor, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.register_buffer("scale", scale.detach().to(dtype)[..., None, None])
+        self.register_buffer("shift", shift.detach().to(dtype)[..., None, None])
+
+    def forward(self, x: Tensor, label: Tensor | None) -> Tensor:
+        if label is None:
+            return torch.addcmul(self.shift, x, self.scale)
+        return torch.addcmul(self.shift[label], x, self.scale[label])
+
+
+class _Convolution(nn.Module):
+    """A stride-1 convolution of the same size, its weight channels_last."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.register_buffer("weight", _packed(weight, dtype))
+        self.register_buffer("bias", None if bias is None else bias.detach().to(dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight, self.bias, padding=self.weight.shape[2] // 2)
+
+
+class _UpBlock(nn.Module):
+    """`UpBlock`, optionally followed by an affine map that its convolutions take in."""
+
+    def __init__(self, block: UpBlock, after: tuple[Tensor, Tensor] | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.norm1 = _Affine(*_tables(block.norm1), dtype)
+        self.register_buffer("kernel1", _packed(upsample_kernel(block.conv1.weight), dtype))
+        self.norm2 = _Affine(*_tables(block.norm2, block.conv1.bias), dtype)
+        weight, shortcut = block.conv2.weight, block.shortcut.weight
+        bias = block.conv2.bias + block.shortcut.bias  # type: ignore[operator]
+        if after is not None:
+            scale, shift = after
+            weight, shortcut = (t * scale[:, None, None, None] for t in (weight, shortcut))
+            bias = bias * scale + shift
+        self.conv2 = _Convolution(weight, bias, dtype)
+        self.shortcut = _Convolution(shortcut, None, dtype)
+
+    def forward(self, x: Tensor, label: Tensor | None) -> Tensor:
+        h = self.norm1(x, label).relu_()
+        h = F.conv_transpose2d(h, self.kernel1, None, stride=2, padding=1)
+        h = self.conv2(self.norm2(h, label).relu_())
+        return h.add_(F.interpolate(self.shortcut(x), scale_factor=2, mode="nearest"))
+
+
+class _PlainUpBlock(nn.Module):
+    """`PlainUpBlock`, optionally followed by an affine map that its convolution takes in."""
+
+    def __init__(self, block: nn.Module, after: tuple[Tensor, Tensor] | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.norm1 = _Affine(*_tables(block.norm1), dtype)  # type: ignore[arg-type]
+        weight, bias = block.conv1.weight, block.conv1.bias  # type: ignore[union-attr]
+        if after is not None:
+            scale, shift = after
+            weight, bias = weight * scale[:, None, None], bias * scale + shift  # type: ignore[operator]
+        self.register_buffer("kernel1", _packed(weight, dtype))  # type: ignore[arg-type]
+        self.register_buffer("bias1", bias.detach().to(dtype))  # type: ignore[operator, union-attr]
+
+    def forward(self, x: Tensor, label: Tensor | None) -> Tensor:
+        h = self.norm1(x, label).relu_()
+        return F.conv_transpose2d(h, self.kernel1, self.bias1, stride=2, padding=1)
+
+
+class _Attention(nn.Module):
+    """`SelfAttention2d` with gamma in the out projection, and the product of attention in float32."""
+
+    def __init__(self, layer: SelfAttention2d, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.query = _Convolution(layer.query.weight, None, dtype)
+        # one convolution makes both: they read the same map and are pooled alike
+        self.key_value = _Convolution(torch.cat([layer.key.weight, layer.value.weight]), None, dtype)
+        self.widths = [layer.key.out_channels, layer.value.out_channels]
+        self.out = _Convolution(layer.gamma * layer.out.weight, None, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query = positions(self.query(x)).float()
+        key, value = positions(F.max_pool2d(self.key_value(x), 2)).float().split(self.widths, dim=2)
+        o = attention(query, key, value).to(x.dtype)
+        o = o.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)  # (B, Ev, H, W), channels_last
+        return self.out(o).add_(x)
+
+
+def _tables(norm: ConditionalBatchNorm2d, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The eval-mode layer, after adding `bias` (C,) to its input, as scale and shift (K, C)."""
+    scale = (1 + norm.gain) * torch.rsqrt(norm.running_var + norm.eps)
+    mean = norm.running_mean if bias is None else norm.running_mean - bias
+    return scale, norm.bias - mean * scale
+
+
+def _plain_affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Eval-mode batch norm as scale and shift, both (C,)."""
+    scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)  # type: ignore[operator]
+    return scale, norm.bias - norm.running_mean * scale  # type: ignore[operator]
+
+
+def _packed(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    return weight.detach().to(dtype).contiguous(memory_format=torch.channels_last)
