@@ -1,0 +1,228 @@
+"""The networks: published parameter counts, other projects' numbers, settings, gradients."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sagan_kernels import regularizers
+from sagan_kernels.models import Discriminator, Generator
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def count(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+# counted on BigGAN-PyTorch, StudioGAN and mmgeneration with the same settings
+@pytest.mark.parametrize(
+    ("resolution", "num_classes", "attention_at", "generator", "discriminator"),
+    [
+        (32, 10, [16], 4_386_308, 1_075_586),
+        (64, 100, [32], 12_811_396, 19_650_242),
+        (128, 1000, [64], 42_017_412, 39_448_258),
+    ],
+)
+def test_parameter_counts_are_the_published_ones(
+    resolution, num_classes, attention_at, generator, discriminator, monkeypatch
+):
+    for init in ("xavier_uniform_", "zeros_"):
+        monkeypatch.setattr(torch.nn.init, init, lambda t: t)  # counting needs no numbers
+    kwargs = {"num_classes": num_classes, "attention_at": attention_at, "spectral_norm": False}
+    assert count(Generator(resolution, **kwargs)) == generator
+    assert count(Discriminator(resolution, **kwargs)) == discriminator
+    assert count(Generator(resolution, num_classes=num_classes, spectral_norm=False)) == generator
+
+
+def test_spectral_norm_adds_no_parameter():
+    kwargs = {"resolution": 32, "num_classes": 3, "base_channels": 8}
+    for network in (Generator, Discriminator):
+        assert count(network(**kwargs)) == count(network(**kwargs, spectral_norm=False))
+
+
+def test_feat32_and_feat64_placements_have_the_released_widths():
+    at_32 = Generator(128, 3, base_channels=4, attention_at=(32,))
+    at_64 = Generator(128, 3, base_channels=4, attention_at=(64,))
+    assert at_32.attention["32"].query.in_channels == 4 * 4  # 256 of 64
+    assert at_64.attention["64"].query.in_channels == 2 * 4  # 128 of 64
+    critic = Discriminator(128, 3, base_channels=8, attention_at=(64, 32))
+    assert critic.attention["64"].query.in_channels == 8
+    assert critic.attention["32"].query.in_channels == 16
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"num_classes": 0},
+        {"image_channels": 1},
+        {"attention_at": []},
+        {"attention_at": [8, 16]},
+        {"spectral_norm": False},
+        {"residual": False, "spectral_norm": False, "attention_at": []},
+        {"residual": False},
+        {"resolution": 64, "attention_at": [8, 16, 32]},
+    ],
+    ids=str,
+)
+def test_every_setting_makes_images_and_logits_and_trains(settings):
+    settings = {"resolution": 32, "num_classes": 3, "base_channels": 8} | settings
+    generator, discriminator = Generator(z_dim=6, **settings), Discriminator(**settings)
+    label = torch.tensor([0, 2]) if settings["num_classes"] else None
+    image = generator(torch.randn(2, 6), label)
+    assert image.shape == (2, settings.get("image_channels", 3), settings["resolution"], settings["resolution"])
+    assert image.abs().max() <= 1
+    logits = discriminator(image, label)
+    assert logits.shape == (2,)
+    logits.sum().backward()
+    for name, parameter in [*generator.named_parameters(), *discriminator.named_parameters()]:
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+    rebuilt = Generator(**generator.config)
+    assert rebuilt.config == generator.config
+    rebuilt.load_state_dict(generator.state_dict())
+
+
+def test_baseline_has_neither_attention_nor_spectral_norm():
+    settings = {"resolution": 32, "num_classes": 0, "base_channels": 8, "attention_at": [], "residual": False}
+    for network in (Generator, Discriminator):
+        keys = " ".join(network(**settings, spectral_norm=False).state_dict())
+        assert "attention" not in keys
+        assert "parametrizations" not in keys
+        assert "shortcut" not in keys
+
+
+def test_real_and_fake_in_one_batch_give_the_same_logits_as_apart():
+    critic = Discriminator(32, 3, base_channels=8).eval()
+    x, label = torch.randn(5, 3, 32, 32), torch.tensor([0, 1, 2, 1, 0])
+    together = critic(x, label)
+    apart = torch.cat([critic(x[:2], label[:2]), critic(x[2:], label[2:])])
+    torch.testing.assert_close(together, apart)
+
+
+def test_r1_gradient_matches_finite_differences():
+    critic = Discriminator(32, 2, base_channels=8, widths=[1, 1, 1, 1]).double().eval()
+    torch.nn.init.constant_(critic.attention["16"].gamma, 0.8)
+    x, label = torch.randn(2, 3, 32, 32, dtype=torch.float64), torch.tensor([0, 1])
+    parameters = list(critic.parameters())
+    gradient = torch.autograd.grad(regularizers.r1_penalty(critic, x, label), parameters, allow_unused=True)
+    direction = [torch.randn_like(p) for p in parameters]
+    slope = sum((g * d).sum() for g, d in zip(gradient, direction, strict=True) if g is not None)
+    values = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            for p, d in zip(parameters, direction, strict=True):
+                p.add_(d, alpha=sign * 1e-6)
+        values.append(regularizers.r1_penalty(critic, x, label).item())
+        with torch.no_grad():
+            for p, d in zip(parameters, direction, strict=True):
+                p.sub_(d, alpha=sign * 1e-6)
+    assert slope.item() == pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"resolution": 48}, "resolution must be one of 32, 64, 128, 256, got 48"),
+        ({"resolution": 32, "attention_at": [4]}, r"attention_at must be among its feature maps \[8, 16, 32\] at 32 px"),
+        ({"resolution": 32, "base_channels": 0}, "base_channels must be at least 1, got 0"),
+        ({"resolution": 32, "widths": [1, 2]}, r"widths must be 4 positive numbers at 32 px, got \[1, 2\]"),
+    ],
+)
+def test_impossible_settings_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Generator(**arguments)
+
+
+def test_discriminator_refuses_attention_where_it_has_no_such_map():
+    with pytest.raises(ValueError, match=r"among its feature maps \[8, 16\] at 32 px, got 32"):
+        Discriminator(32, attention_at=[32])
+
+
+@pytest.mark.parametrize("network", [Generator, Discriminator])
+def test_missing_label_is_named(network):
+    model = network(32, 3, base_channels=8)
+    x = torch.zeros(1, 128) if network is Generator else torch.zeros(1, 3, 32, 32)
+    with pytest.raises(ValueError, match="a label is needed, one of 3 classes"):
+        model(x)
+
+
+def host(name, part):
+    tensors = load_file(GOLDEN / f"{name}.safetensors")
+    weights = {key[2:]: value for key, value in tensors.items() if key.startswith(part + ".")}
+    return weights, {key[3:]: value for key, value in tensors.items() if key.startswith("io.")}
+
+
+def biggan_weight(weights, name):
+    """BigGAN-PyTorch in eval mode: one power iteration from the stored u, not kept."""
+    weight = weights[f"{name}.weight"]
+    if f"{name}.u0" not in weights:
+        return weight
+    matrix = weight.flatten(1)
+    v = torch.nn.functional.normalize(weights[f"{name}.u0"] @ matrix, eps=1e-8)
+    u = torch.nn.functional.normalize(v @ matrix.T, eps=1e-8)
+    return weight / (v @ matrix.T @ u.T).squeeze()
+
+
+def fill(model, values):
+    missing, unexpected = model.load_state_dict(values, strict=False)
+    assert not unexpected
+    assert all(key.endswith("num_batches_tracked") for key in missing)
+    return model.eval()
+
+
+def layer(values, ours, theirs, weights, read):
+    values[f"{ours}.weight"] = read(weights, theirs)
+    if f"{theirs}.bias" in weights:
+        values[f"{ours}.bias"] = weights[f"{theirs}.bias"]
+
+
+def check_critic(model, io):
+    real = io["real"].clone().requires_grad_()
+    logits = model(real, io["label"])
+    (grad,) = torch.autograd.grad(logits.sum(), real)
+    torch.testing.assert_close(logits, io["logits"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grad, io["real_grad"], rtol=1e-4, atol=1e-5)
+
+
+def test_discriminator_reproduces_biggan_pytorch():
+    weights, io = host("biggan_pytorch_64", "D")
+    values = {"attention.32.gamma": weights["blocks.0.1.gamma"]}
+    for i in range(5):
+        for ours, theirs in [("conv1", "conv1"), ("conv2", "conv2"), ("shortcut", "conv_sc")]:
+            if f"blocks.{i}.0.{theirs}.weight" in weights:
+                layer(values, f"blocks.{i}.{ours}", f"blocks.{i}.0.{theirs}", weights, biggan_weight)
+    for ours, theirs in [("query", "theta"), ("key", "phi"), ("value", "g"), ("out", "o")]:
+        layer(values, f"attention.32.{ours}", f"blocks.0.1.{theirs}", weights, biggan_weight)
+    layer(values, "linear", "linear", weights, biggan_weight)
+    layer(values, "embedding", "embed", weights, biggan_weight)
+    check_critic(fill(Discriminator(64, 5, base_channels=8, spectral_norm=False), values), io)
+
+
+def test_generator_reproduces_biggan_pytorch():
+    weights, io = host("biggan_pytorch_64", "G")
+    values = {"attention.32.gamma": weights["blocks.2.1.gamma"]}
+    for i in range(4):
+        for ours, theirs in [("conv1", "conv1"), ("conv2", "conv2"), ("shortcut", "conv_sc")]:
+            layer(values, f"blocks.{i}.{ours}", f"blocks.{i}.0.{theirs}", weights, biggan_weight)
+        for norm in (1, 2):
+            theirs = f"blocks.{i}.0.bn{norm}"
+            for our_name, their_name in [
+                ("gain", "gain.weight"),
+                ("bias", "bias.weight"),
+                ("running_mean", "stored_mean"),
+                ("running_var", "stored_var"),
+            ]:
+                values[f"blocks.{i}.norm{norm}.{our_name}"] = weights[f"{theirs}.{their_name}"]
+    for ours, theirs in [("query", "theta"), ("key", "phi"), ("value", "g"), ("out", "o")]:
+        layer(values, f"attention.32.{ours}", f"blocks.2.1.{theirs}", weights, biggan_weight)
+    layer(values, "linear", "linear", weights, biggan_weight)
+    layer(values, "to_image", "output_layer.2", weights, biggan_weight)
+    for ours, theirs in [("weight", "gain"), ("bias", "bias"), ("running_mean", "stored_mean")]:
+        values[f"norm.{ours}"] = weights[f"output_layer.0.{theirs}"]
+    values["norm.running_var"] = weights["output_layer.0.stored_var"]
+    generator = Generator(64, 5, base_channels=8, widths=[16, 16, 8, 4, 2], spectral_norm=False)
+    image = fill(generator, values)(io["z"], io["label"])
+    torch.testing.assert_close(image, io["image"], rtol=1e-4, atol=2e-5)
