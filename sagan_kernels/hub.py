@@ -46,12 +46,12 @@ class Pretrained(nn.Module):
         """The network in a model folder, in eval mode, fp32 on the CPU, with `class_names` set where known.
 
         Args:
-            name_or_dir: name of a zoo entry, or a folder that `save_pretrained` wrote. A zoo name wins; write
-                `./name` for a folder of the same name.
+            name_or_dir: name of a zoo entry, or a folder that `save_pretrained` wrote. A zoo name wins;
+                `./name` is the folder of the same name.
 
         Raises:
-            ValueError: no such entry or folder (with the nearest names), no weights, or what is there is damaged,
-                of a newer format, of another library or a pickle.
+            ValueError: no such entry or folder (with the nearest names), no weights, or what is there is
+                damaged, of a newer format, of another library or a pickle.
             FileNotFoundError: the folder lacks config.json or the weights.
         """
         folder = resolve(name_or_dir)
@@ -61,7 +61,7 @@ class Pretrained(nn.Module):
             model = cls(**config[cls.part])
         except (TypeError, ValueError) as error:
             raise ValueError(
-                f"{folder / 'config.json'}: {cls.part!r} must hold arguments of {cls.__name__}, got {error}"
+                f"{folder / 'config.json'}: {cls.part} must be arguments of {cls.__name__}, got {error}"
             ) from error
         _load_strictly(model, tensors, _weights_file(folder, cls.part))
         model.class_names = config.get("class_names")
@@ -88,8 +88,8 @@ class Pretrained(nn.Module):
             `folder`.
 
         Raises:
-            ValueError: class_names has another length than there are labels, `folder` holds a model of another
-                library or a newer format, or a weight does not fit into `dtype`.
+            ValueError: class_names has another length than there are labels, `folder` holds a model of
+                another library or a newer format, or a weight does not fit into `dtype`.
             OSError: could not be written; the old files are still whole.
         """
         folder = Path(folder)
@@ -167,8 +167,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: format_version must be a whole number from 1, got {version!r}")
     if version > FORMAT_VERSION:
         raise ValueError(
-            f"{path}: format_version must be at most {FORMAT_VERSION}, got {version}, written by {LIBRARY_NAME} "
-            f"{config.get('library_version')}; pip install --upgrade {LIBRARY_NAME}"
+            f"{path}: format_version must be at most {FORMAT_VERSION}, got {version}, written by "
+            f"{LIBRARY_NAME} {config.get('library_version')}; pip install --upgrade {LIBRARY_NAME}"
         )
     for key in ("generator", "discriminator", "sha256"):
         if not isinstance(config.get(key, {}), dict):
@@ -187,10 +187,10 @@ def _read_tensors(folder: Path, config: dict[str, Any], part: str) -> dict[str, 
         if key not in table:
             raise ValueError(f"{folder / 'config.json'}: must have the key {key!r}, got {_names(table)}")
     content = path.read_bytes()  # the bytes that were checked are the bytes that are loaded
-    found = hashlib.sha256(content).hexdigest()
-    if found != config["sha256"][path.name]:
+    found, expected = hashlib.sha256(content).hexdigest(), str(config["sha256"][path.name])
+    if found != expected:
         raise ValueError(
-            f"{path}: sha256 must be config.json's {str(config['sha256'][path.name])[:12]}…, got {found[:12]}…; "
+            f"{path}: sha256 must be config.json's {expected[:12]}…, got {found[:12]}…; "
             "the file is truncated or altered, fetch it again"
         )
     try:
@@ -222,7 +222,9 @@ def _stored(tensors: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, 
         smaller = dtype is not None and tensor.is_floating_point() and tensor.ndim > 1
         stored[key] = tensor.detach().cpu().to(dtype if smaller else tensor.dtype).contiguous()
         if smaller and not stored[key].isfinite().all():
-            raise ValueError(f"save_pretrained: {key} must fit into {dtype}, got {tensor.abs().max().item():.3g}")
+            raise ValueError(
+                f"save_pretrained: {key} must fit into {dtype}, got {tensor.abs().max().item():.3g}"
+            )
     return stored
 
 
@@ -238,9 +240,9 @@ def _kind(path: Path) -> str:
 
 def _listing(folder: Path) -> str:
     files = sorted(path for path in folder.iterdir() if path.is_file())
-    if pickles := [path for path in files if path.suffix in PICKLES]:
-        if not any(path.suffix == ".safetensors" for path in files):
-            return _kind(pickles[0])
+    pickles = [path for path in files if path.suffix in PICKLES]
+    if pickles and not any(path.suffix == ".safetensors" for path in files):
+        return _kind(pickles[0])
     return _names(path.name for path in files)
 
 

@@ -44,7 +44,7 @@ def create_model(
     for key, value in overrides.items():
         if value != model.config[key]:
             raise ValueError(
-                f"create_model: {key} must be {model.config[key]!r} with the weights of {name}, got {value!r}; "
+                f"create_model: {key} must be {model.config[key]!r} with {name}'s weights, got {value!r}; "
                 "leave it out, or take pretrained=False"
             )
     return model

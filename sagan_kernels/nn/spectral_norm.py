@@ -26,7 +26,7 @@ def fold_spectral_norm(model: nn.Module) -> nn.Module:
     model.eval()  # a training-mode read of the weight would advance u and v once more
     for module in model.modules():
         if parametrize.is_parametrized(module):
-            # a deep copy shares the class whose property PyTorch is about to delete, and would lose its weight
+            # a deep copy shares the class whose property is about to be deleted, and would lose its weight
             module.__class__ = type(type(module).__name__, type(module).__bases__, dict(vars(type(module))))
             for name in list(module.parametrizations):  # type: ignore[arg-type]
                 parametrize.remove_parametrizations(module, name, leave_parametrized=True)
