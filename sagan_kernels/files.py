@@ -2,11 +2,14 @@
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+Write = Callable[[Path], object]
+"""Writes the whole content of a file to the path it is given."""
 
-def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], None]) -> Path:
+
+def write_atomically(path: str | os.PathLike[str], write: Write) -> Path:
     """Call `write(temporary)` beside `path`, then rename; on any failure the old file at `path` stays whole.
 
     Args:
@@ -20,25 +23,37 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], None]
         OSError: no permission, no space; its message names `path`.
     """
     path = Path(path)
-    temporary: Path | None = None
+    write_together({path: write})
+    return path
+
+
+def write_together(contents: Mapping[Path, Write]) -> None:
+    """`write_atomically` for files that belong together: none is renamed before all are written and flushed.
+
+    Raises:
+        OSError: no permission, no space; its message names the file. The old files stay whole.
+    """
+    temporaries: dict[Path, Path] = {}
+    path = Path()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
-        os.close(handle)
-        temporary = Path(name)
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(path)
+        for path, write in contents.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+            os.close(handle)
+            temporaries[path] = Path(name)
+            write(temporaries[path])
+            with temporaries[path].open("rb") as file:
+                os.fsync(file.fileno())
+            temporaries[path].chmod(0o666 & ~_umask())
+        for path, temporary in temporaries.items():
+            temporary.replace(path)
     except OSError as error:
         raise OSError(
             error.errno, f"{path}: could not be written, {error.strerror or error}; nothing was changed"
         ) from error
     finally:
-        if temporary is not None:
+        for temporary in temporaries.values():
             temporary.unlink(missing_ok=True)
-    return path
 
 
 def _umask() -> int:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sagan_kernels.hub import Pretrained
 from sagan_kernels.nn import ConditionalBatchNorm2d, SelfAttention2d, spectral_norm
 from sagan_kernels.ops import conv2d_avg_pool, upsample_conv2d
 
@@ -29,7 +30,7 @@ DISCRIMINATOR_WIDTHS = {
 }
 
 
-class Generator(nn.Module):
+class Generator(Pretrained):
     """Latent vectors and class labels to images.
 
     Shapes: z (B, z_dim), label (B,) int64 or None -> images (B, image_channels, resolution, resolution) in [-1, 1].
@@ -51,6 +52,8 @@ class Generator(nn.Module):
     Raises:
         ValueError: the resolution is not known, or the network has no feature map of a side in attention_at.
     """
+
+    part = "generator"
 
     def __init__(
         self,
@@ -103,7 +106,7 @@ class Generator(nn.Module):
         return torch.tanh(self.to_image(F.relu(self.norm(x))))
 
 
-class Discriminator(nn.Module):
+class Discriminator(Pretrained):
     """Images and class labels to logits, positive for real: a projection discriminator, arXiv:1802.05637.
 
     Shapes: x (B, image_channels, resolution, resolution) in [-1, 1], label (B,) int64 or None -> logits (B,).
@@ -124,6 +127,8 @@ class Discriminator(nn.Module):
     Raises:
         ValueError: the resolution is not known, or the network has no feature map of a side in attention_at.
     """
+
+    part = "discriminator"
 
     def __init__(
         self,

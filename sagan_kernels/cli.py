@@ -1,0 +1,236 @@
+"""The `sagan` command. Each command parses, calls one public function, and says where the result is."""
+
+import difflib
+import json
+import os
+import re
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from PIL import Image
+
+import sagan_kernels
+from sagan_kernels import hub, sampling, zoo
+from sagan_kernels.files import write_atomically
+from sagan_kernels.models import Generator
+from sagan_kernels.ops import choose
+
+MAX_SEEDS = 1_000_000
+EXPECTED = (ArithmeticError, ImportError, NotImplementedError, OSError, TypeError, ValueError)
+"""Errors that this package raises with a message made for users."""
+
+
+class OneLineErrors(click.Group):
+    """Ends every failure of every command with one line on stderr.
+
+    Exit code 2 for usage, 130 for an interrupt, 1 for any other; SAGAN_TRACEBACK=1 adds the traceback.
+    """
+
+    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+        """Run, and turn what is raised into an exit code."""
+        try:
+            result = super().main(*args, standalone_mode=False, **extra)  # type: ignore[call-overload]
+        except Exception as error:
+            if not standalone_mode:
+                raise
+            if isinstance(error, click.exceptions.NoArgsIsHelpError):
+                error.show()
+                sys.exit(error.exit_code)
+            if os.environ.get("SAGAN_TRACEBACK"):
+                traceback.print_exc()
+            click.echo(f"sagan: {_one_line(error)}", err=True)
+            sys.exit(_exit_code(error))
+        if standalone_mode:
+            sys.exit(result if isinstance(result, int) else 0)  # an int: the code of click's own --help
+        return result
+
+
+@contextmanager
+def usage() -> Iterator[None]:
+    """Inside, a ValueError is the user's slip: exit code 2."""
+    try:
+        yield
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+
+
+@click.group(cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(sagan_kernels.__version__, package_name="sagan-kernels")
+def cli() -> None:
+    """Self-Attention GANs with fused kernels: look at the zoo, draw images."""
+
+
+@cli.command()
+@click.argument("model")
+@click.option("--seeds", default="0-15", show_default=True, metavar="LIST", help="One image each: 1,4-6.")
+@click.option("--label", metavar="CLASS", help="Index or name, or `all`  [default: random, by the seed]")
+@click.option("--truncation", type=float, help="Redraw latents beyond this many standard deviations.")
+@click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True)
+@click.option(
+    "--out", type=click.Path(path_type=Path), metavar="DIR", help="One PNG an image  [default: samples]"
+)
+@click.option(
+    "--grid", type=click.Path(path_type=Path), metavar="PNG", help="One labelled sheet; no --out by itself."
+)
+def sample(
+    model: str,
+    seeds: str,
+    label: str | None,
+    truncation: float | None,
+    batch_size: int,
+    out: Path | None,
+    grid: Path | None,
+) -> None:
+    r"""Draw images from MODEL: a name of the zoo (see `sagan list`) or a model folder.
+
+    \b
+    sagan sample sagan_32_fashion --seeds 0-15 --label 3 --truncation 0.7
+    sagan sample sagan_32_fashion --seeds 0-7 --label all --grid grid.png
+    """
+    start = time.perf_counter()
+    with usage():
+        numbers = parse_seeds(seeds)
+        if truncation is not None and not truncation > 0:
+            raise ValueError(f"--truncation: must be positive, got {truncation}; leave it out for none")
+        if grid is not None and grid.suffix.lower() != ".png":
+            raise ValueError(f"--grid: must end in .png, got {str(grid)!r}")
+        hub.resolve(model)
+    generator = Generator.from_pretrained(model)
+    with usage():
+        labels = parse_label(label, generator)
+    if out is None and grid is None:
+        out = Path("samples")
+
+    samples = []
+    for drawn in sampling.draw(
+        generator, numbers, label=labels, truncation=truncation, batch_size=batch_size
+    ):
+        if grid is not None:
+            samples.append(drawn)
+        if out is not None:
+            name = f"seed{drawn.seed:04d}" + ("" if drawn.label is None else f"_label{drawn.label}")
+            _save(drawn.image, out / f"{name}.png")
+    count = len(numbers) * (len(labels) if isinstance(labels, list) else 1)
+    if out is not None:
+        click.echo(f"{count} images in {out}")
+    if grid is not None:
+        _save(_sheet(samples, generator, len(numbers), rows=isinstance(labels, list)), grid)
+        click.echo(f"grid of {count} images: {grid}")
+    device = generator.linear.bias.device
+    impl = choose(None, torch.empty(0, device=device))
+    click.echo(f"{time.perf_counter() - start:.1f} s on {device.type}, implementation: {impl}")
+
+
+@cli.command("list")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def list_command(as_json: bool) -> None:
+    """List the zoo's models."""
+    entries = [zoo.entry(name) for name in zoo.list_models()]
+    if as_json:
+        rows = [
+            {
+                "name": entry.name,
+                "resolution": entry.generator.get("resolution"),
+                "num_classes": entry.generator.get("num_classes"),
+                "pretrained": entry.weights is not None,
+                "weights": entry.weights or {},
+            }
+            for entry in entries
+        ]
+        click.echo(json.dumps(rows, indent=2, ensure_ascii=False, default=str))
+        return
+    width = max([4, *(len(entry.name) for entry in entries)])
+    click.echo(f"{'name':{width}}  px   classes  pretrained  scores")
+    for entry in entries:
+        cells = (
+            f"{entry.name:{width}}",
+            f"{entry.generator.get('resolution')!s:3}",
+            f"{entry.generator.get('num_classes')!s:7}",
+            f"{'no' if entry.weights is None else 'yes':10}",
+            ", ".join(f"{k} {v:g}" for k, v in (entry.weights or {}).items() if type(v) in (int, float)),
+        )
+        click.echo("  ".join(cells).rstrip())
+
+
+def parse_seeds(text: str) -> list[int]:
+    """'1,4-6' -> [1, 4, 5, 6].
+
+    Raises:
+        ValueError: a part is neither a number nor a rising range, or there are more than a million.
+    """
+    seeds: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*([0-9]{1,18})(?:-([0-9]{1,18}))?\s*", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if last < first:
+            raise ValueError(f"--seeds: must be numbers and rising ranges such as 1,4-6, got {part!r}")
+        if len(seeds) + last - first >= MAX_SEEDS:
+            raise ValueError(f"--seeds: must be at most {MAX_SEEDS} seeds, got {text!r}")
+        seeds += range(first, last + 1)
+    return seeds
+
+
+def parse_label(text: str | None, generator: Generator) -> int | list[int] | None:
+    """An index or a class name -> the index; 'all' -> every index; None -> None.
+
+    Raises:
+        ValueError: out of range, no such class (with the nearest names), or the generator has no classes.
+    """
+    if text is None:
+        return None
+    K, names = generator.num_classes, generator.class_names or []
+    if not K:
+        raise ValueError(f"--label: must be left out for an unconditional model, got {text!r}")
+    if text == "all":
+        return list(range(K))
+    if re.fullmatch(r"-?[0-9]{1,18}", text):
+        if not 0 <= int(text) < K:
+            raise ValueError(f"--label: must be 0 to {K - 1}, got {text}")
+        return int(text)
+    folded = [name.casefold() for name in names]
+    if text.casefold() in folded:
+        return folded.index(text.casefold())
+    close = [names[folded.index(name)] for name in difflib.get_close_matches(text.casefold(), folded)]
+    advice = f"did you mean {' or '.join(map(repr, close))}?" if close else ", ".join(names)
+    raise ValueError(f"--label: must be 0 to {K - 1} or a class name, got {text!r}; {advice}".rstrip("; "))
+
+
+def _sheet(samples: list[sampling.Sample], generator: Generator, columns: int, *, rows: bool) -> Image.Image:
+    """The grid of `sample`: with `rows` one row a class, else images one after another, eight a row."""
+    names = generator.class_names or [f"class {i}" for i in range(generator.num_classes)]
+    if rows:
+        titles = [f"seed {s.seed}" for s in samples]
+        return sampling.grid([s.image for s in samples], columns, row_labels=names, titles=titles)
+    titles = [f"{s.seed}" + ("" if s.label is None else f" {names[s.label]}") for s in samples]
+    return sampling.grid([s.image for s in samples], 8, titles=titles)
+
+
+def _save(image: Image.Image, path: Path) -> None:
+    write_atomically(path, lambda temporary: image.save(temporary, "PNG"))
+
+
+def _exit_code(error: Exception) -> int:
+    if isinstance(error, click.exceptions.Abort):  # what click makes of an interrupt
+        return 130
+    return error.exit_code if isinstance(error, click.ClickException) else 1
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, click.exceptions.Abort):
+        return "interrupted"
+    if isinstance(error, click.ClickException):
+        text = error.format_message()
+    elif isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    else:
+        text = str(error)
+        if not isinstance(error, EXPECTED):
+            text = f"{type(error).__name__}: {text}; SAGAN_TRACEBACK=1 shows where"
+    return " ".join(text.split()) or type(error).__name__
