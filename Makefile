@@ -35,7 +35,7 @@ environment: .venv/installed-dev
 	@touch .venv/installed $@
 
 .venv/bin/pip:
-	@for python in python3.13 python3.12 python3.11 python3; do \
+	@for python in python3 python3.11 python3.12 python3.13; do \
 		if $$python -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
 			echo "$$python -m venv .venv" && exec $$python -m venv .venv; \
 		fi; \

@@ -10,19 +10,24 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 import torch
 from PIL import Image
 
 import sagan_kernels
-from sagan_kernels import hub, sampling, zoo
+from sagan_kernels import evaluation, hub, sampling, zoo
+from sagan_kernels.data import load_images
+from sagan_kernels.evaluation import Scorer
+from sagan_kernels.features import FeatureNet, load_feature_net, save_feature_net, train_feature_net
 from sagan_kernels.files import write_atomically
 from sagan_kernels.models import Generator
 from sagan_kernels.ops import choose
 
 MAX_SEEDS = 1_000_000
+SPLITS: tuple[Literal["train", "test"], ...] = ("train", "test")
+DATA_HELP = "Folder of images, .npz pack, or folder of Fashion-MNIST's IDX files."
 EXPECTED = (ArithmeticError, ImportError, NotImplementedError, OSError, TypeError, ValueError)
 """Errors that this package raises with a message made for users."""
 
@@ -64,7 +69,7 @@ def usage() -> Iterator[None]:
 @click.group(cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(sagan_kernels.__version__, package_name="sagan-kernels")
 def cli() -> None:
-    """Self-Attention GANs with fused kernels: look at the zoo, draw images."""
+    """Self-Attention GANs: draw images, train, score, see what the zoo has."""
 
 
 @cli.command()
@@ -159,6 +164,128 @@ def list_command(as_json: bool) -> None:
         click.echo("  ".join(cells).rstrip())
 
 
+@cli.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option("--data", required=True, type=click.Path(path_type=Path), metavar="PATH", help=DATA_HELP)
+@click.option(
+    "--out", type=click.Path(path_type=Path), metavar="DIR", help="Run folder  [default: runs/RECIPE]"
+)
+@click.option("--features", metavar="NAME", help="Feature network that scores  [default: the recipe's]")
+@click.option("--broken", type=click.Choice(["refuse", "skip"]), default="refuse", show_default=True,
+              help="What to do with an image that cannot be decoded.")  # fmt: skip
+def train(
+    recipe: Path, data: Path, out: Path | None, features: str | None, broken: Literal["refuse", "skip"]
+) -> None:
+    r"""Train the networks of RECIPE, a TOML file such as those in zoo/.
+
+    Given again, the command goes on where the run folder stopped. With a feature network, samples are scored and
+    best/ holds the best networks so far; `sagan sample` and `sagan evaluate` read that folder.
+
+    \b
+    sagan train zoo/sagan_32_fashion.toml --data fashion-mnist --out runs/fashion
+    """
+    from sagan_kernels.training import load_recipe
+    from sagan_kernels.training import train as run
+
+    with usage():
+        loaded, entry = load_recipe(recipe), zoo.read_entry(recipe)
+    out = out or Path("runs") / loaded.name
+    network = Generator(**loaded.generator)
+    images = load_images(
+        data, resolution=network.resolution, channels=network.config["image_channels"], broken=broken
+    )
+    name = features or entry.data.get("features")
+    scorer = None if name is None else Scorer(_feature_net(name), images)
+    best = run(loaded, images, out, scorer=scorer)
+    click.echo(f"best: {_told(best)}")
+    click.echo(f"{loaded.train.total_steps} steps in {out}; networks in {out / 'best'}")
+
+
+@cli.command()
+@click.argument("model")
+@click.option("--data", required=True, type=click.Path(path_type=Path), metavar="PATH", help=DATA_HELP)
+@click.option(
+    "--images", "num_images", type=click.IntRange(2), help="Samples  [default: as many as test images]"
+)
+@click.option("--truncation", type=float, help="Redraw latents beyond this many standard deviations.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the samples.")
+@click.option("--features", metavar="NAME", help="Feature network: zoo name or file  [default: the entry's]")
+@click.option("--neighbors", type=click.Path(path_type=Path), metavar="PNG",
+              help="A sheet of samples beside their nearest training images.")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def evaluate(
+    model: str,
+    data: Path,
+    num_images: int | None,
+    truncation: float | None,
+    seed: int,
+    features: str | None,
+    neighbors: Path | None,
+    as_json: bool,
+) -> None:
+    r"""Score samples of MODEL against real images, beside what held-out real images score.
+
+    The Frechet distance is measured in the space of a small network trained on the same data and is named after
+    it; it must not be compared with distances in Inception's space.
+
+    \b
+    sagan evaluate sagan_32_fashion --data fashion-mnist
+    """
+    with usage():
+        if truncation is not None and not truncation > 0:
+            raise ValueError(f"--truncation: must be positive, got {truncation}; leave it out for none")
+        hub.resolve(model)
+        name = features or (zoo.entry(model).data.get("features") if model in zoo.list_models() else None)
+        if name is None:
+            raise ValueError(
+                f"--features: must be given for {model}, a folder, got nothing; `sagan features` makes one"
+            )
+    generator = Generator.from_pretrained(model)
+    channels = generator.config["image_channels"]
+    real, held_out = (
+        load_images(data, resolution=generator.resolution, channels=channels, split=split) for split in SPLITS
+    )
+    result = evaluation.evaluate(
+        generator, Scorer(_feature_net(name), real), real, held_out,
+        num_images=num_images or len(held_out), truncation=truncation, seed=seed,
+    )  # fmt: skip
+    if neighbors is not None:
+        _save(evaluation.neighbor_sheet(generator, real, truncation=truncation, seed=seed), neighbors)
+    if as_json:
+        click.echo(json.dumps(result, indent=2))
+        return
+    for who, scores in result.items():
+        click.echo(f"{who:10} {_told(scores)}" if isinstance(scores, dict) else f"{who:10} {scores}")
+
+
+@cli.command("features")
+@click.argument("name")
+@click.option("--data", required=True, type=click.Path(path_type=Path), metavar="PATH", help=DATA_HELP)
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), metavar="FILE", help="A .safetensors file."
+)
+@click.option("--resolution", type=int, default=32, show_default=True)
+@click.option("--channels", type=click.Choice(["1", "3"]), default="3", show_default=True)
+@click.option("--epochs", type=click.IntRange(1), default=6, show_default=True)
+def features_command(name: str, data: Path, out: Path, resolution: int, channels: str, epochs: int) -> None:
+    r"""Train a feature network called NAME: the space that scores are measured in.
+
+    \b
+    sagan features fashion-cnn --data fashion-mnist --channels 1 --out fashion-cnn.safetensors
+    """
+    with usage():
+        if out.suffix != ".safetensors":
+            raise ValueError(f"--out: must end in .safetensors, got {str(out)!r}")
+    real, held_out = (
+        load_images(data, resolution=resolution, channels=int(channels), split=split) for split in SPLITS
+    )
+    net = train_feature_net(real, name, epochs=epochs)
+    accuracy = Scorer(net, real).score(held_out).accuracy
+    save_feature_net(net, out, accuracy=accuracy, test_images=len(held_out))
+    click.echo(f"accuracy on {len(held_out)} held-out images: {accuracy:.4f}")
+    click.echo(f"feature network: {out}")
+
+
 def parse_seeds(text: str) -> list[int]:
     """'1,4-6' -> [1, 4, 5, 6].
 
@@ -210,6 +337,14 @@ def _sheet(samples: list[sampling.Sample], generator: Generator, columns: int, *
         return sampling.grid([s.image for s in samples], columns, row_labels=names, titles=titles)
     titles = [f"{s.seed}" + ("" if s.label is None else f" {names[s.label]}") for s in samples]
     return sampling.grid([s.image for s in samples], 8, titles=titles)
+
+
+def _feature_net(name: str) -> FeatureNet:
+    return load_feature_net(name if name.endswith(".safetensors") else zoo.feature_net(name))
+
+
+def _told(scores: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value:.4g}" for key, value in scores.items())
 
 
 def _save(image: Image.Image, path: Path) -> None:

@@ -117,14 +117,18 @@ def _read_idx(folder: Path, resolution: int, channels: int, split: Split) -> Ima
     for kind in ("images-idx3-ubyte", "labels-idx1-ubyte"):
         file = _idx_file(folder, f"{stem}-{kind}")
         if file is None:
-            raise FileNotFoundError(f"data: {folder} must have {stem}-{kind} or {stem}-{kind}.gz, got neither")
+            raise FileNotFoundError(
+                f"data: {folder} must have {stem}-{kind} or {stem}-{kind}.gz, got neither"
+            )
         try:
             blob = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
             dims = blob[3]
             shape = struct.unpack(f">{dims}I", blob[4 : 4 + 4 * dims])
             arrays.append(np.frombuffer(blob, np.uint8, offset=4 + 4 * dims).reshape(shape))
         except (OSError, EOFError, IndexError, struct.error, ValueError) as error:
-            raise ValueError(f"{file}: must be a whole IDX file, got one that cannot be read ({error})") from error
+            raise ValueError(
+                f"{file}: must be a whole IDX file, got one that cannot be read ({error})"
+            ) from error
     images, labels = arrays
     margin = resolution - images.shape[1]
     if margin < 0 or margin % 2 or channels != 1:

@@ -2,14 +2,19 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from sagan_kernels.data import ImageData
 from sagan_kernels.features import FeatureNet, embed, frechet_distance
-from sagan_kernels.models.statistics import truncated_normal
+from sagan_kernels.models import Generator
+from sagan_kernels.models.inference import inference_generator
+from sagan_kernels.models.statistics import standing_statistics, truncated_normal
+from sagan_kernels.sampling import grid, to_bytes
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,9 @@ class Scorer:
         self.num_classes = len(train.class_names)
         self._train_features, _ = embed(net, _real_batches(train))
         self._pixels = within_class_distance(train.images, train.labels, pairs_per_class)
-        self._features = within_class_distance(self._train_features, train.labels, pairs_per_class, euclidean=True)
+        self._features = within_class_distance(
+            self._train_features, train.labels, pairs_per_class, euclidean=True
+        )
 
     def score(self, data: ImageData) -> Scores:
         """Scores of labelled images, real or generated."""
@@ -82,7 +89,9 @@ def within_class_distance(
         if len(index) < 2:
             continue
         first = random.integers(len(index), size=pairs)
-        second = (first + random.integers(1, len(index), size=pairs)) % len(index)  # never the same image twice
+        second = (first + random.integers(1, len(index), size=pairs)) % len(
+            index
+        )  # never the same image twice
         difference = samples[index[first]].astype(np.float64) - samples[index[second]]
         difference = difference.reshape(pairs, -1)
         distance = np.linalg.norm(difference, axis=1) if euclidean else np.abs(difference).mean(1) / 255
@@ -123,9 +132,69 @@ def generate(
     return ImageData(np.concatenate(images), labels, class_names)
 
 
-def to_bytes(x: Tensor) -> np.ndarray:
-    """(B, C, H, W) in [-1, 1] -> uint8 (B, H, W, C), rounded to the nearest."""
-    return ((x.float() + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous().numpy()
+def evaluate(
+    generator: Generator,
+    scorer: Scorer,
+    train: ImageData,
+    held_out: ImageData,
+    *,
+    num_images: int,
+    truncation: float | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Scores of samples beside those of held-out real images, and how near samples come to training images.
+
+    Args:
+        generator: in eval mode.
+        scorer: made with `train`.
+        train: real images the generator was trained on.
+        held_out: real images it was not trained on.
+        num_images: samples; as many as held-out images makes the two distances comparable.
+        truncation: limit of the latents; batch-norm statistics are made to fit it.
+        seed: of the latents.
+
+    Returns:
+        {"score": "FID-<features>", "samples": {...}, "held_out": {...}}; nearest_training_image is the median
+        root-mean-square pixel distance to the nearest training image. A copy has 0; a generator that copies is far
+        below the held-out images' value.
+    """
+    samples = _samples(generator, train, num_images, truncation, seed)
+    result: dict[str, Any] = {"score": f"FID-{scorer.net.name}"}
+    for name, data in (("samples", samples), ("held_out", held_out)):
+        few = ImageData(data.images[:1000], data.labels[:1000], data.class_names)
+        distance = float(np.median(nearest_training_images(few, train)[1]))
+        result[name] = scorer.score(data).to_dict() | {"nearest_training_image": distance}
+    return result
+
+
+def neighbor_sheet(
+    generator: Generator,
+    train: ImageData,
+    *,
+    truncation: float | None = None,
+    seed: int = 0,
+    per_class: int = 1,
+) -> Image.Image:
+    """Samples, each left of its nearest training image: copies would show as equal pairs."""
+    samples = _samples(generator, train, per_class * len(train.class_names), truncation, seed)
+    index, distance = nearest_training_images(samples, train)
+    images, titles = [], []
+    for i in range(len(samples)):
+        for data, at, title in ((samples, i, "sample"), (train, index[i], f"nearest, {distance[i]:.2f}")):
+            images.append(Image.fromarray(data.images[at].squeeze()))
+            titles.append(title)
+    return grid(images, 8, titles=titles)
+
+
+def _samples(
+    generator: Generator, train: ImageData, num_images: int, truncation: float | None, seed: int
+) -> ImageData:
+    if truncation is not None:
+        generator = standing_statistics(generator, truncation=truncation)
+    fast = inference_generator(generator)
+    return generate(
+        fast, generator.config, num_images, class_names=train.class_names, truncation=truncation, seed=seed
+    )
 
 
 def nearest_training_images(samples: ImageData, train: ImageData) -> tuple[np.ndarray, np.ndarray]:
@@ -149,4 +218,3 @@ def nearest_training_images(samples: ImageData, train: ImageData) -> tuple[np.nd
 def _real_batches(data: ImageData, batch_size: int = 256) -> Iterator[Tensor]:
     for start in range(0, len(data), batch_size):
         yield data.batch(np.arange(start, min(start + batch_size, len(data))))[0]
-

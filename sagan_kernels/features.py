@@ -79,7 +79,9 @@ def train_feature_net(
         x, label = data.batch(order[at : at + batch_size])
         dy, dx = random.integers(-2, 3, 2)
         x = F.pad(x, (2, 2, 2, 2), value=float(x[0, 0, 0, 0]))[..., 2 + dy :, 2 + dx :]
-        x = x[..., : data.images.shape[1], : data.images.shape[2]].contiguous(memory_format=torch.channels_last)
+        x = x[..., : data.images.shape[1], : data.images.shape[2]].contiguous(
+            memory_format=torch.channels_last
+        )
         with torch.autocast("cpu", torch.bfloat16):
             loss = F.cross_entropy(net(x).float(), label)
         optimizer.zero_grad()

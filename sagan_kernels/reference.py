@@ -33,7 +33,7 @@ def sagan_attention(
     out_weight: Tensor,
     gamma: Tensor,
 ) -> Tensor:
-    """x + gamma · out(attention(query(x), pool(key(x)), pool(value(x)))), all projections 1×1 convolutions.
+    """X + gamma · out(attention(query(x), pool(key(x)), pool(value(x)))), all projections 1×1 convolutions.
 
     Args:
         x: (B, C, H, W).

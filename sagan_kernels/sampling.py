@@ -1,6 +1,5 @@
 """Images from a generator: one seed, one image, whatever the batch; and labelled grids of them."""
 
-import copy
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,11 +8,11 @@ from itertools import islice
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor, nn
+from torch import Tensor
 
 from sagan_kernels.models import Generator
+from sagan_kernels.models.inference import inference_generator
 from sagan_kernels.models.statistics import standing_statistics, truncated_normal
-from sagan_kernels.nn import fold_spectral_norm
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ def draw(
     if truncation is not None:
         generator = standing_statistics(generator, truncation=truncation, num_images=256)
     wanted = ((seed, number) for number in labels for seed in seeds)
-    return _draw(_inference_form(generator), generator, wanted, truncation, batch_size)
+    return _draw(generator, wanted, truncation, batch_size)
 
 
 def latent(seed: int, label: int | None, z_dim: int, truncation: float | None = None) -> Tensor:
@@ -126,13 +125,12 @@ def grid(
 
 
 def _draw(
-    network: nn.Module,
     generator: Generator,
     wanted: Iterator[tuple[int, int | None]],
     truncation: float | None,
     batch_size: int,
 ) -> Iterator[Sample]:
-    device = next(network.parameters()).device
+    network, device = inference_generator(generator), generator.linear.bias.device
     while batch := list(islice(wanted, batch_size)):
         if generator.num_classes:
             batch = [(s, _label_of(s, generator.num_classes) if k is None else k) for s, k in batch]
@@ -143,10 +141,6 @@ def _draw(
             images = to_bytes(x)
         for (seed, number), image in zip(batch, images, strict=True):
             yield Sample(seed, number, Image.fromarray(image[..., 0] if image.shape[2] == 1 else image))
-
-
-def _inference_form(generator: Generator) -> nn.Module:
-    return fold_spectral_norm(copy.deepcopy(generator).eval())
 
 
 def _label_of(seed: int, num_classes: int) -> int:

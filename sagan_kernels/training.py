@@ -6,7 +6,6 @@ import math
 import os
 import platform
 import time
-import tomllib
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import sagan_kernels
-from sagan_kernels import losses, regularizers
+from sagan_kernels import losses, regularizers, sampling, zoo
 from sagan_kernels.augment import POLICIES, diff_augment
 from sagan_kernels.data import ImageData
 from sagan_kernels.evaluation import Scorer, generate, within_class_distance
@@ -91,21 +90,15 @@ def load_recipe(path: str | Path, **overrides: Any) -> Recipe:
         FileNotFoundError: no such file.
         ValueError: not TOML, an unknown key (with the nearest known one), or a value out of range.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"recipe: {path} must be a TOML file such as those in zoo/, got nothing there")
-    try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path.name}: must be TOML, got {error}") from error
-    table = tables.get("train", {}) | overrides
+    entry = zoo.read_entry(Path(path))
+    table = entry.train | overrides
     known = [f.name for f in fields(TrainConfig)]
     for key in sorted(table.keys() - set(known)):
         close = difflib.get_close_matches(key, known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
-        raise ValueError(f"{path.name}: [train] must have known keys only, got {key!r}; {hint}")
+        raise ValueError(f"{entry.path.name}: [train] must have known keys only, got {key!r}; {hint}")
     table["augment"] = tuple(table.get("augment", ()))
-    return Recipe(path.stem, tables.get("generator", {}), tables.get("discriminator", {}), TrainConfig(**table))
+    return Recipe(entry.name, entry.generator, entry.discriminator, TrainConfig(**table))
 
 
 class Run:
@@ -127,11 +120,15 @@ class Run:
         self.ema.requires_grad_(False).eval()
         betas = (float(self.config.beta1), float(self.config.beta2))
         self.optimizer_g = torch.optim.Adam(self.generator.parameters(), self.config.lr_g, betas, fused=True)
-        self.optimizer_d = torch.optim.Adam(self.discriminator.parameters(), self.config.lr_d, betas, fused=True)
+        self.optimizer_d = torch.optim.Adam(
+            self.discriminator.parameters(), self.config.lr_d, betas, fused=True
+        )
         self.step = 0  # generator steps done
         self.best: dict[str, float] | None = None
         pixels = within_class_distance(data.images, data.labels, 400)
-        self.real_distance = torch.from_numpy(np.nan_to_num(pixels, nan=1e-6)).float() * 2  # images are [-1, 1]
+        self.real_distance = (
+            torch.from_numpy(np.nan_to_num(pixels, nan=1e-6)).float() * 2
+        )  # images are [-1, 1]
 
     def advance(self) -> dict[str, float]:
         """One generator step after d_steps discriminator steps; returns the losses."""
@@ -243,7 +240,9 @@ class Run:
             getattr(self, name).load_state_dict(state[name])
 
 
-def train(recipe: Recipe, data: ImageData, out: str | Path, *, scorer: Scorer | None = None) -> dict[str, float]:
+def train(
+    recipe: Recipe, data: ImageData, out: str | Path, *, scorer: Scorer | None = None
+) -> dict[str, float]:
     """Train to the recipe's length, resuming where `out` holds a run of the same settings.
 
     `out` gets settings.json (everything that decides the run), metrics.jsonl (a line every log_every steps),
@@ -344,7 +343,9 @@ def _settings(recipe: Recipe, data: ImageData, out: Path) -> None:
 def _difference(before: Any, after: Any) -> str:
     if isinstance(before, dict) and isinstance(after, dict):
         changed = [key for key in before.keys() | after.keys() if before.get(key) != after.get(key)]
-        return ", ".join(f"{key} {before.get(key)!r} there and {after.get(key)!r} here" for key in sorted(changed))
+        return ", ".join(
+            f"{key} {before.get(key)!r} there and {after.get(key)!r} here" for key in sorted(changed)
+        )
     return f"{before!r} there and {after!r} here"
 
 
@@ -372,29 +373,21 @@ def _score(run: Run, scorer: Scorer | None, out: Path) -> dict[str, float]:
         scores = scorer.score(samples).to_dict()
     if run.best is None or scores.get("fid", -math.inf) <= run.best.get("fid", math.inf):
         run.best = {"step": run.step} | scores
-        _save_best(run, sampler, out / "best")
+        names = run.data.class_names if run.generator.num_classes else None
+        for network in (sampler, run.discriminator):
+            network.save_pretrained(out / "best", names)
     return scores
 
 
-
-def _save_best(run: Run, sampler: Generator, folder: Path) -> None:
-    from safetensors.torch import save_file
-
-    for name, net in (("generator", sampler), ("discriminator", run.discriminator)):
-        tensors = {key: value.contiguous() for key, value in net.state_dict().items()}
-        write_atomically(folder / f"{name}.safetensors", lambda t, tensors=tensors: save_file(tensors, t))
-
-
 def _grid(run: Run, path: Path, columns: int = 8) -> None:
-    from PIL import Image
-
-    K = max(run.generator.num_classes, 1)
-    order = generate(run.sampler(), run.generator.config, columns * K, class_names=run.data.class_names, seed=2)
-    R = run.generator.resolution
-    sheet = np.zeros((K * R, columns * R, order.images.shape[3]), np.uint8)
-    for k in range(K):
-        sheet[k * R : (k + 1) * R] = np.concatenate(list(order.images[order.labels == k]), 1)
-    write_atomically(path, lambda t: Image.fromarray(sheet.squeeze()).save(t))
+    sampler = run.sampler()
+    sampler.class_names = run.data.class_names
+    label = range(run.generator.num_classes) if run.generator.num_classes else None
+    drawn = list(sampling.draw(sampler, range(columns), label=label))
+    sheet = sampling.grid(
+        [s.image for s in drawn], columns, row_labels=run.data.class_names if label else None
+    )
+    write_atomically(path, lambda temporary: sheet.save(temporary))
 
 
 def _seed(*numbers: int) -> int:

@@ -49,7 +49,18 @@ def entry(name: str) -> ZooEntry:
     """
     if name not in list_models():
         raise ValueError(f"zoo: the name must be an entry's, got {name!r}; {nearest(name)}")
-    path = zoo_folder() / f"{name}.toml"
+    return read_entry(zoo_folder() / f"{name}.toml")
+
+
+def read_entry(path: Path) -> ZooEntry:
+    """The entry in one TOML file, in the zoo or not.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not TOML, or not made of the known tables.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: must be a TOML file such as those in zoo/, got nothing there")
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -59,7 +70,7 @@ def entry(name: str) -> ZooEntry:
         if key not in known or not isinstance(table, dict):
             raise ValueError(f"{path}: must hold the tables {', '.join(known)} only, got {key!r}")
     weights = tables.pop("weights", None)
-    return ZooEntry(name, path, **{key: tables.get(key, {}) for key in known[:-1]}, weights=weights)
+    return ZooEntry(path.stem, path, **{key: tables.get(key, {}) for key in known[:-1]}, weights=weights)
 
 
 def weights_folder(name: str) -> Path:
@@ -73,6 +84,19 @@ def weights_folder(name: str) -> Path:
         have = ", ".join(list_models(pretrained=True)) or "no entry yet"
         raise ValueError(f"zoo: pretrained weights are there for {have}, got {name!r}; train it: sagan train")
     return found.folder
+
+
+def feature_net(name: str) -> Path:
+    """The file of the feature network called `name`, such as "fashion-cnn".
+
+    Raises:
+        ValueError: the zoo ships no such network; the message names those it has.
+    """
+    path = zoo_folder() / "features" / f"{name}.safetensors"
+    if not path.is_file():
+        have = ", ".join(sorted(p.stem for p in path.parent.glob("*.safetensors"))) or "none"
+        raise ValueError(f"zoo: the feature network must be one of {have}, or a file, got {name!r}")
+    return path
 
 
 def nearest(name: str) -> str:

@@ -58,7 +58,8 @@ def test_attention_differentiates_twice():
 def test_layer_matches_the_formula_written_out(size):
     module, x = layer(), torch.randn(2, 16, *size, dtype=torch.float64)
     theta, phi, g, o = (
-        w.flatten(1).detach() for w in (module.query.weight, module.key.weight, module.value.weight, module.out.weight)
+        w.flatten(1).detach()
+        for w in (module.query.weight, module.key.weight, module.value.weight, module.out.weight)
     )
     B, C, H, W = x.shape
     flat = x.flatten(2)

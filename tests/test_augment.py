@@ -46,8 +46,14 @@ def test_color_moves_brightness_saturation_and_contrast_only():
     shift = (y.mean((1, 2, 3)) - x.mean((1, 2, 3))).abs()
     assert shift.max() <= 0.5 + 1e-5
     assert shift.max() > 0.3
-    gray_x, gray_y = x.mean(1).flatten(1), y.mean(1).flatten(1)  # brightness and contrast: affine in the gray image
-    fit = [torch.linalg.lstsq(torch.stack([a, torch.ones_like(a)], 1), b[:, None]) for a, b in zip(gray_x, gray_y)]
+    gray_x, gray_y = (
+        x.mean(1).flatten(1),
+        y.mean(1).flatten(1),
+    )  # brightness and contrast: affine in the gray image
+    fit = [
+        torch.linalg.lstsq(torch.stack([a, torch.ones_like(a)], 1), b[:, None])
+        for a, b in zip(gray_x, gray_y)
+    ]
     contrast = torch.stack([f.solution[0, 0] for f in fit])
     assert contrast.min() >= 0.5 - 1e-4
     assert contrast.max() <= 1.5 + 1e-4
@@ -55,11 +61,15 @@ def test_color_moves_brightness_saturation_and_contrast_only():
     torch.testing.assert_close(torch.stack(rebuilt).squeeze(2), gray_y, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("policy", [("color",), ("translation",), ("cutout",), ("color", "translation", "cutout")])
+@pytest.mark.parametrize(
+    "policy", [("color",), ("translation",), ("cutout",), ("color", "translation", "cutout")]
+)
 def test_augmentation_is_differentiable_twice(policy):
     x = torch.randn(3, 3, 8, 8, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda t: diff_augment(t, policy, seeded()).square(), x)
-    assert torch.autograd.gradgradcheck(lambda t: diff_augment(t, policy, seeded()).square(), x, fast_mode=True)
+    assert torch.autograd.gradgradcheck(
+        lambda t: diff_augment(t, policy, seeded()).square(), x, fast_mode=True
+    )
 
 
 def test_same_generator_state_gives_the_same_augmentation():

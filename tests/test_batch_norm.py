@@ -35,7 +35,9 @@ def test_training_and_eval_match_batch_norm_with_an_affine_a_class(num_classes, 
         x = torch.randn(4, 5, 3, 2, dtype=torch.float64, requires_grad=True)
         y, z = ours(x, label), expected(ours, theirs, x, label)
         torch.testing.assert_close(y, z)
-        for a, b in zip(*(torch.autograd.grad(t.square().sum(), (x, ours.gain)) for t in (y, z)), strict=True):
+        for a, b in zip(
+            *(torch.autograd.grad(t.square().sum(), (x, ours.gain)) for t in (y, z)), strict=True
+        ):
             torch.testing.assert_close(a, b)
         torch.testing.assert_close(ours.running_mean, theirs.running_mean)
         torch.testing.assert_close(ours.running_var, theirs.running_var)

@@ -19,7 +19,9 @@ def write_pack(path, count=40, side=32, channels=3, **extra):
 
 def write_idx(path, array):
     header = struct.pack(">HBB", 0, 8, array.ndim) + struct.pack(f">{array.ndim}I", *array.shape)
-    path.write_bytes(gzip.compress(header + array.tobytes()) if path.suffix == ".gz" else header + array.tobytes())
+    path.write_bytes(
+        gzip.compress(header + array.tobytes()) if path.suffix == ".gz" else header + array.tobytes()
+    )
 
 
 def write_image(path, color, size=(48, 40)):
@@ -66,7 +68,9 @@ def test_folder_names_are_classes_and_images_are_cropped_to_the_center(tmp_path)
 def test_idx_images_are_padded_to_32(tmp_path, suffix):
     rng = np.random.default_rng(0)
     for stem, count in [("train", 12), ("t10k", 5)]:
-        write_idx(tmp_path / f"{stem}-images-idx3-ubyte{suffix}", rng.integers(1, 256, (count, 28, 28), np.uint8))
+        write_idx(
+            tmp_path / f"{stem}-images-idx3-ubyte{suffix}", rng.integers(1, 256, (count, 28, 28), np.uint8)
+        )
         write_idx(tmp_path / f"{stem}-labels-idx1-ubyte{suffix}", np.arange(count, dtype=np.uint8) % 10)
     train = load_images(tmp_path, resolution=32, channels=1)
     assert train.images.shape == (12, 32, 32, 1)

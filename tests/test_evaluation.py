@@ -9,11 +9,11 @@ from sagan_kernels.evaluation import (
     Scorer,
     generate,
     nearest_training_images,
-    to_bytes,
     within_class_distance,
 )
 from sagan_kernels.features import FeatureNet
 from sagan_kernels.models import Generator
+from sagan_kernels.sampling import to_bytes
 
 
 def noise(count=60, classes=3, low=0, high=256, seed=0):

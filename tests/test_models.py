@@ -72,7 +72,12 @@ def test_every_setting_makes_images_and_logits_and_trains(settings):
     generator, discriminator = Generator(z_dim=6, **settings), Discriminator(**settings)
     label = torch.tensor([0, 2]) if settings["num_classes"] else None
     image = generator(torch.randn(2, 6), label)
-    assert image.shape == (2, settings.get("image_channels", 3), settings["resolution"], settings["resolution"])
+    assert image.shape == (
+        2,
+        settings.get("image_channels", 3),
+        settings["resolution"],
+        settings["resolution"],
+    )
     assert image.abs().max() <= 1
     logits = discriminator(image, label)
     assert logits.shape == (2,)
@@ -126,7 +131,10 @@ def test_r1_gradient_matches_finite_differences():
     ("arguments", "message"),
     [
         ({"resolution": 48}, "resolution must be one of 32, 64, 128, 256, got 48"),
-        ({"resolution": 32, "attention_at": [4]}, r"attention_at must be among its feature maps \[8, 16, 32\] at 32 px"),
+        (
+            {"resolution": 32, "attention_at": [4]},
+            r"attention_at must be among its feature maps \[8, 16, 32\] at 32 px",
+        ),
         ({"resolution": 32, "base_channels": 0}, "base_channels must be at least 1, got 0"),
         ({"resolution": 32, "widths": [1, 2]}, r"widths must be 4 positive numbers at 32 px, got \[1, 2\]"),
     ],

@@ -211,7 +211,10 @@ def test_training_moves_samples_towards_the_data(tmp_path):
         ("[train]\nbeta2 = 1.0", "beta2: must be at least 0 and below 1, got 1.0"),
         ("[train]\nprecision = 'fp16'", "precision: must be fp32 or bf16, got 'fp16'"),
         ("[train]\naugment = ['blur']", "augment: must be among color, translation, cutout, got 'blur'"),
-        ("[train]\nbatch_size = 5\ndiversity = 1.0", "needs an even batch_size to make pairs, got batch_size 5"),
+        (
+            "[train]\nbatch_size = 5\ndiversity = 1.0",
+            "needs an even batch_size to make pairs, got batch_size 5",
+        ),
         ("[train", "must be TOML"),
     ],
 )
@@ -224,6 +227,9 @@ def test_wrong_recipe_is_refused_with_one_line(tmp_path, text, message):
 
 def test_networks_that_do_not_fit_the_data_are_refused():
     with pytest.raises(ValueError, match=r"num_classes must be the data's 3, or 0, got 4"):
-        Run(Recipe("x", GENERATOR | {"num_classes": 4}, DISCRIMINATOR | {"num_classes": 4}, TrainConfig()), images())
+        Run(
+            Recipe("x", GENERATOR | {"num_classes": 4}, DISCRIMINATOR | {"num_classes": 4}, TrainConfig()),
+            images(),
+        )
     with pytest.raises(ValueError, match="image_channels must be the same"):
         Run(Recipe("x", GENERATOR, DISCRIMINATOR | {"image_channels": 3}, TrainConfig()), images())

@@ -90,7 +90,10 @@ class Generator(Pretrained):
             for width_in, width in zip(channels, channels[1:], strict=False)
         )
         self.attention = nn.ModuleDict(
-            {str(side): SelfAttention2d(channels[1 + sides.index(side)]) for side in self.config["attention_at"]}
+            {
+                str(side): SelfAttention2d(channels[1 + sides.index(side)])
+                for side in self.config["attention_at"]
+            }
         )
         self.norm = nn.BatchNorm2d(channels[-1])
         self.to_image = nn.Conv2d(channels[-1], image_channels, 3, padding=1)

@@ -52,9 +52,7 @@ def standing_statistics(
     return generator.eval()
 
 
-def truncated_normal(
-    shape: tuple[int, ...], truncation: float | None, generator: torch.Generator
-) -> Tensor:
+def truncated_normal(shape: tuple[int, ...], truncation: float | None, generator: torch.Generator) -> Tensor:
     """Standard normal numbers, those beyond `truncation` standard deviations redrawn; None for no limit.
 
     Source: the truncation trick, BigGAN, arXiv:1809.11096, section 3.1.

@@ -25,7 +25,9 @@ def choose(impl: Impl | None, tensor: Tensor) -> Impl:
         where = "SAGAN_KERNELS_IMPL" if os.environ.get("SAGAN_KERNELS_IMPL") else "impl"
         raise ValueError(f"{where}: must be one of {', '.join(get_args(Impl))}, got {asked!r}")
     if reasons := not_supported_reasons(asked, tensor):
-        raise NotImplementedError(f"impl={asked!r}: {'; '.join(reasons)}; leave impl=None to choose one that runs")
+        raise NotImplementedError(
+            f"impl={asked!r}: {'; '.join(reasons)}; leave impl=None to choose one that runs"
+        )
     return asked
 
 
