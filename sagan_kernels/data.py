@@ -84,7 +84,7 @@ def _split(data: ImageData, split: Split) -> ImageData:
 
 def _read_pack(path: Path, resolution: int, channels: int) -> ImageData:
     try:
-        with np.load(path, allow_pickle=False) as pack:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as pack:
             arrays = {key: pack[key] for key in ("images", "labels", "class_names") if key in pack}
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError) as error:
         raise ValueError(f"{path}: must be an .npz pack, got a file that cannot be read ({error})") from error

@@ -8,13 +8,14 @@ compared with an Inception FID.
 import hashlib
 import json
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from sagan_kernels.data import ImageData
@@ -41,7 +42,7 @@ class FeatureNet(nn.Module):
         self.name = name
         layers: list[nn.Module] = []
         channels = (image_channels, width, 2 * width, 4 * width)
-        for width_in, width_out in zip(channels, channels[1:], strict=False):
+        for width_in, width_out in pairwise(channels):
             layers += [
                 nn.Conv2d(width_in, width_out, 3, padding=1, bias=False), nn.BatchNorm2d(width_out), nn.ReLU(),
                 nn.Conv2d(width_out, width_out, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(width_out),
@@ -68,7 +69,9 @@ def train_feature_net(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         channels = data.images.shape[3]
-        net = FeatureNet(name, channels, len(data.class_names)).to(memory_format=torch.channels_last)
+        net = FeatureNet(name, channels, len(data.class_names)).to(
+            memory_format=torch.channels_last  # type: ignore[call-overload]
+        )
     steps = epochs * (len(data) // batch_size) or 1
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps + 1)
@@ -95,7 +98,8 @@ def save_feature_net(net: FeatureNet, path: str | Path, **facts: str | float) ->
     """Write weights and configuration to one .safetensors file; `facts` (such as accuracy) go into its header."""
     metadata = {"config": json.dumps(net.config), "facts": json.dumps(facts)}
     tensors = {key: value.contiguous() for key, value in net.state_dict().items()}
-    return write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+    content = save(tensors, metadata=metadata)
+    return write_atomically(path, lambda temporary: temporary.write_bytes(content))
 
 
 def load_feature_net(path: str | Path) -> FeatureNet:
@@ -123,7 +127,7 @@ def load_feature_net(path: str | Path) -> FeatureNet:
 @torch.inference_mode()
 def embed(net: FeatureNet, batches: Iterator[Tensor]) -> tuple[np.ndarray, np.ndarray]:
     """Features float64 (N, F) and predicted classes int64 (N,) of images in [-1, 1] given in batches."""
-    net = net.to(memory_format=torch.channels_last)
+    net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     features, predicted = [], []
     for x in batches:
         f = net.features(x.contiguous(memory_format=torch.channels_last))

@@ -112,9 +112,11 @@ class Run:
         self.config, self.data = recipe.train, data
         with torch.random.fork_rng():
             torch.manual_seed(self.config.seed)
-            self.generator = Generator(**recipe.generator).to(memory_format=torch.channels_last)
-            self.discriminator = Discriminator(**recipe.discriminator).to(memory_format=torch.channels_last)
-            self.ema = Generator(**recipe.generator).to(memory_format=torch.channels_last)
+            self.generator = Generator(**recipe.generator)
+            self.discriminator = Discriminator(**recipe.discriminator)
+            self.ema = Generator(**recipe.generator)
+        for network in (self.generator, self.discriminator, self.ema):
+            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         _check_fit(self.generator, self.discriminator, data)
         self.ema.load_state_dict(self.generator.state_dict())
         self.ema.requires_grad_(False).eval()

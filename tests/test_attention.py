@@ -61,7 +61,7 @@ def test_layer_matches_the_formula_written_out(size):
         w.flatten(1).detach()
         for w in (module.query.weight, module.key.weight, module.value.weight, module.out.weight)
     )
-    B, C, H, W = x.shape
+    H, W = x.shape[2:]
     flat = x.flatten(2)
     pool = lambda t: F.max_pool2d(t.unflatten(2, (H, W)), 2).flatten(2)  # noqa: E731
     beta = torch.einsum("bcl,bcs->bls", theta @ flat, pool(phi @ flat)).softmax(2)

@@ -52,12 +52,12 @@ def test_color_moves_brightness_saturation_and_contrast_only():
     )  # brightness and contrast: affine in the gray image
     fit = [
         torch.linalg.lstsq(torch.stack([a, torch.ones_like(a)], 1), b[:, None])
-        for a, b in zip(gray_x, gray_y)
+        for a, b in zip(gray_x, gray_y, strict=True)
     ]
     contrast = torch.stack([f.solution[0, 0] for f in fit])
     assert contrast.min() >= 0.5 - 1e-4
     assert contrast.max() <= 1.5 + 1e-4
-    rebuilt = [torch.stack([a, torch.ones_like(a)], 1) @ f.solution for a, f in zip(gray_x, fit)]
+    rebuilt = [torch.stack([a, torch.ones_like(a)], 1) @ f.solution for a, f in zip(gray_x, fit, strict=True)]
     torch.testing.assert_close(torch.stack(rebuilt).squeeze(2), gray_y, atol=1e-4, rtol=1e-4)
 
 

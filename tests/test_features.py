@@ -59,7 +59,7 @@ def test_saved_network_gives_the_same_features(tmp_path):
 
 
 def test_file_that_is_no_feature_network_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="must be a .safetensors file"):
+    with pytest.raises(FileNotFoundError, match=r"must be a \.safetensors file"):
         load_feature_net(tmp_path / "none.safetensors")
     (tmp_path / "text.safetensors").write_text("hello")
     with pytest.raises(ValueError, match="must hold a feature network"):

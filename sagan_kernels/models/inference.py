@@ -1,12 +1,13 @@
 """The inference form of a generator: the same function by exact algebra, with less to do."""
 
 import copy
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sagan_kernels.models.sagan import Generator, UpBlock
+from sagan_kernels.models.sagan import Generator, PlainUpBlock, UpBlock
 from sagan_kernels.nn import ConditionalBatchNorm2d, SelfAttention2d, fold_spectral_norm
 from sagan_kernels.ops import attention, upsample_kernel
 from sagan_kernels.reference import positions
@@ -28,11 +29,16 @@ def inference_generator(generator: Generator, *, dtype: torch.dtype = torch.floa
     Returns:
         A module called as (z, label) that gives float32 images, and refuses to train.
     """
-    return InferenceGenerator(fold_spectral_norm(copy.deepcopy(generator)).eval(), dtype)
+    folded = copy.deepcopy(generator)
+    fold_spectral_norm(folded)
+    return InferenceGenerator(folded.eval(), dtype)
 
 
 class InferenceGenerator(nn.Module):
     """Made by `inference_generator`. z (B, z_dim), label (B,) or None -> images (B, C, H, W) float32."""
+
+    seed_weight: Tensor
+    seed_bias: Tensor
 
     def __init__(self, generator: Generator, dtype: torch.dtype) -> None:
         super().__init__()
@@ -51,8 +57,10 @@ class InferenceGenerator(nn.Module):
         blocks: list[nn.Module] = []
         for i, block in enumerate(generator.blocks):
             after = (last_scale, last_shift) if folds and i == len(generator.blocks) - 1 else None
-            make = _UpBlock if isinstance(block, UpBlock) else _PlainUpBlock
-            blocks.append(make(block, after, dtype))
+            if isinstance(block, UpBlock):
+                blocks.append(_UpBlock(block, after, dtype))
+            else:
+                blocks.append(_PlainUpBlock(cast(PlainUpBlock, block), after, dtype))
         self.blocks = nn.ModuleList(blocks)
         self.attention = nn.ModuleDict({k: _Attention(m, dtype) for k, m in generator.attention.items()})  # type: ignore[arg-type]
         self.last: _Affine | None = None if folds else _Affine(last_scale[None], last_shift[None], dtype)
@@ -85,6 +93,9 @@ class InferenceGenerator(nn.Module):
 class _Affine(nn.Module):
     """y = scale[label] · x + shift[label]; row 0 when label is None."""
 
+    scale: Tensor
+    shift: Tensor
+
     def __init__(self, scale: Tensor, shift: Tensor, dtype: torch.dtype) -> None:
         super().__init__()
         self.register_buffer("scale", scale.detach().to(dtype)[..., None, None])
@@ -99,6 +110,9 @@ class _Affine(nn.Module):
 class _Convolution(nn.Module):
     """A stride-1 convolution of the same size, its weight channels_last."""
 
+    weight: Tensor
+    bias: Tensor | None
+
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__()
         self.register_buffer("weight", _packed(weight, dtype))
@@ -110,6 +124,8 @@ class _Convolution(nn.Module):
 
 class _UpBlock(nn.Module):
     """`UpBlock`, optionally followed by an affine map that its convolutions take in."""
+
+    kernel1: Tensor
 
     def __init__(self, block: UpBlock, after: tuple[Tensor, Tensor] | None, dtype: torch.dtype) -> None:
         super().__init__()
@@ -135,15 +151,18 @@ class _UpBlock(nn.Module):
 class _PlainUpBlock(nn.Module):
     """`PlainUpBlock`, optionally followed by an affine map that its convolution takes in."""
 
-    def __init__(self, block: nn.Module, after: tuple[Tensor, Tensor] | None, dtype: torch.dtype) -> None:
+    kernel1: Tensor
+    bias1: Tensor
+
+    def __init__(self, block: PlainUpBlock, after: tuple[Tensor, Tensor] | None, dtype: torch.dtype) -> None:
         super().__init__()
-        self.norm1 = _Affine(*_tables(block.norm1), dtype)  # type: ignore[arg-type]
-        weight, bias = block.conv1.weight, block.conv1.bias  # type: ignore[union-attr]
+        self.norm1 = _Affine(*_tables(block.norm1), dtype)
+        weight, bias = block.conv1.weight, block.conv1.bias
         if after is not None:
             scale, shift = after
-            weight, bias = weight * scale[:, None, None], bias * scale + shift  # type: ignore[operator]
-        self.register_buffer("kernel1", _packed(weight, dtype))  # type: ignore[arg-type]
-        self.register_buffer("bias1", bias.detach().to(dtype))  # type: ignore[operator, union-attr]
+            weight, bias = weight * scale[:, None, None], bias * scale + shift
+        self.register_buffer("kernel1", _packed(weight, dtype))
+        self.register_buffer("bias1", bias.detach().to(dtype))
 
     def forward(self, x: Tensor, label: Tensor | None) -> Tensor:
         h = self.norm1(x, label).relu_()
@@ -178,7 +197,7 @@ def _tables(norm: ConditionalBatchNorm2d, bias: Tensor | None = None) -> tuple[T
 
 def _plain_affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """Eval-mode batch norm as scale and shift, both (C,)."""
-    scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)  # type: ignore[operator]
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()  # type: ignore[operator]
     return scale, norm.bias - norm.running_mean * scale  # type: ignore[operator]
 
 

@@ -6,6 +6,7 @@ on: parameter counts are equal to theirs.
 """
 
 from collections.abc import Iterable
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -86,8 +87,7 @@ class Generator(Pretrained):
         self.linear = nn.Linear(z_dim, 16 * channels[0])
         block = UpBlock if residual else PlainUpBlock
         self.blocks = nn.ModuleList(
-            block(width_in, width, num_classes)
-            for width_in, width in zip(channels, channels[1:], strict=False)
+            block(width_in, width, num_classes) for width_in, width in pairwise(channels)
         )
         self.attention = nn.ModuleDict(
             {

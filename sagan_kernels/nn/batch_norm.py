@@ -19,6 +19,7 @@ class ConditionalBatchNorm2d(nn.Module):
 
     running_mean: Tensor
     running_var: Tensor
+    num_batches_tracked: Tensor
 
     def __init__(
         self, num_features: int, num_classes: int, *, eps: float = 1e-5, momentum: float = 0.1

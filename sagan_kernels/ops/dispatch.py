@@ -1,7 +1,7 @@
 """One word chooses an implementation: `impl`, overridden by the environment variable SAGAN_KERNELS_IMPL."""
 
 import os
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 from torch import Tensor
 
@@ -24,6 +24,7 @@ def choose(impl: Impl | None, tensor: Tensor) -> Impl:
     if asked not in get_args(Impl):
         where = "SAGAN_KERNELS_IMPL" if os.environ.get("SAGAN_KERNELS_IMPL") else "impl"
         raise ValueError(f"{where}: must be one of {', '.join(get_args(Impl))}, got {asked!r}")
+    asked = cast(Impl, asked)
     if reasons := not_supported_reasons(asked, tensor):
         raise NotImplementedError(
             f"impl={asked!r}: {'; '.join(reasons)}; leave impl=None to choose one that runs"
