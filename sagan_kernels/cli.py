@@ -72,7 +72,10 @@ def cli() -> None:
     """Self-Attention GANs: draw images, train, score, see what the zoo has."""
 
 
-@cli.command()
+@cli.command(
+    epilog="\b\nsagan sample sagan_32_fashion --seeds 0-15 --label 3 --truncation 0.7\n"
+    "sagan sample sagan_32_fashion --seeds 0-7 --label all --grid grid.png"
+)
 @click.argument("model")
 @click.option("--seeds", default="0-15", show_default=True, metavar="LIST", help="One image each: 1,4-6.")
 @click.option("--label", metavar="CLASS", help="Index or name, or `all`  [default: random, by the seed]")
@@ -82,7 +85,10 @@ def cli() -> None:
     "--out", type=click.Path(path_type=Path), metavar="DIR", help="One PNG an image  [default: samples]"
 )
 @click.option(
-    "--grid", type=click.Path(path_type=Path), metavar="PNG", help="One labelled sheet; no --out by itself."
+    "--grid",
+    type=click.Path(path_type=Path),
+    metavar="PNG",
+    help="One labelled sheet; --out then has no default.",
 )
 def sample(
     model: str,
@@ -93,12 +99,7 @@ def sample(
     out: Path | None,
     grid: Path | None,
 ) -> None:
-    r"""Draw images from MODEL: a name of the zoo (see `sagan list`) or a model folder.
-
-    \b
-    sagan sample sagan_32_fashion --seeds 0-15 --label 3 --truncation 0.7
-    sagan sample sagan_32_fashion --seeds 0-7 --label all --grid grid.png
-    """
+    """Draw images from MODEL: a name of the zoo (see `sagan list`) or a model folder."""
     start = time.perf_counter()
     with usage():
         numbers = parse_seeds(seeds)
@@ -164,7 +165,7 @@ def list_command(as_json: bool) -> None:
         click.echo("  ".join(cells).rstrip())
 
 
-@cli.command()
+@cli.command(epilog="\b\nsagan train zoo/sagan_32_fashion.toml --data fashion-mnist --out runs/fashion")
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("--data", required=True, type=click.Path(path_type=Path), metavar="PATH", help=DATA_HELP)
 @click.option(
@@ -176,13 +177,10 @@ def list_command(as_json: bool) -> None:
 def train(
     recipe: Path, data: Path, out: Path | None, features: str | None, broken: Literal["refuse", "skip"]
 ) -> None:
-    r"""Train the networks of RECIPE, a TOML file such as those in zoo/.
+    """Train the networks of RECIPE, a TOML file such as those in zoo/.
 
-    Given again, the command goes on where the run folder stopped. With a feature network, samples are scored and
-    best/ holds the best networks so far; `sagan sample` and `sagan evaluate` read that folder.
-
-    \b
-    sagan train zoo/sagan_32_fashion.toml --data fashion-mnist --out runs/fashion
+    Given again, the command goes on where the run folder stopped. With a feature network, samples are scored
+    and best/ holds the best networks so far; `sagan sample` and `sagan evaluate` read that folder.
     """
     from sagan_kernels.training import load_recipe
     from sagan_kernels.training import train as run
@@ -201,7 +199,7 @@ def train(
     click.echo(f"{loaded.train.total_steps} steps in {out}; networks in {out / 'best'}")
 
 
-@cli.command()
+@cli.command(epilog="\b\nsagan evaluate sagan_32_fashion --data fashion-mnist")
 @click.argument("model")
 @click.option("--data", required=True, type=click.Path(path_type=Path), metavar="PATH", help=DATA_HELP)
 @click.option(
@@ -223,13 +221,10 @@ def evaluate(
     neighbors: Path | None,
     as_json: bool,
 ) -> None:
-    r"""Score samples of MODEL against real images, beside what held-out real images score.
+    """Score samples of MODEL against real images, beside what held-out real images score.
 
-    The Frechet distance is measured in the space of a small network trained on the same data and is named after
-    it; it must not be compared with distances in Inception's space.
-
-    \b
-    sagan evaluate sagan_32_fashion --data fashion-mnist
+    The Frechet distance is measured in the space of a small network trained on the same data and is named
+    after it; it must not be compared with distances in Inception's space.
     """
     with usage():
         if truncation is not None and not truncation > 0:
@@ -258,7 +253,10 @@ def evaluate(
         click.echo(f"{who:10} {_told(scores)}" if isinstance(scores, dict) else f"{who:10} {scores}")
 
 
-@cli.command("features")
+@cli.command(
+    "features",
+    epilog="\b\nsagan features fashion-cnn --data fashion-mnist --channels 1 --out fashion-cnn.safetensors",
+)
 @click.argument("name")
 @click.option("--data", required=True, type=click.Path(path_type=Path), metavar="PATH", help=DATA_HELP)
 @click.option(
@@ -268,11 +266,7 @@ def evaluate(
 @click.option("--channels", type=click.Choice(["1", "3"]), default="3", show_default=True)
 @click.option("--epochs", type=click.IntRange(1), default=6, show_default=True)
 def features_command(name: str, data: Path, out: Path, resolution: int, channels: str, epochs: int) -> None:
-    r"""Train a feature network called NAME: the space that scores are measured in.
-
-    \b
-    sagan features fashion-cnn --data fashion-mnist --channels 1 --out fashion-cnn.safetensors
-    """
+    """Train a feature network called NAME: the space that scores are measured in."""
     with usage():
         if out.suffix != ".safetensors":
             raise ValueError(f"--out: must end in .safetensors, got {str(out)!r}")

@@ -83,6 +83,24 @@ def test_create_model_loads_the_weights(zoo_folder, part):
         assert torch.equal(value, second.state_dict()[key])
 
 
+def test_a_zoo_name_wins_over_a_folder_of_that_name(zoo_folder, tmp_path, monkeypatch):
+    (tmp_path / "here" / "sagan_32_tiny").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    assert Generator.from_pretrained("sagan_32_tiny").z_dim == 5
+    with pytest.raises(FileNotFoundError, match=r"config\.json: must be there"):
+        Generator.from_pretrained("./sagan_32_tiny")
+
+
+def test_an_installed_package_has_the_zoo_inside(tmp_path, monkeypatch):
+    monkeypatch.setattr(zoo, "__file__", str(tmp_path / "sagan_kernels" / "zoo.py"))
+    (tmp_path / "zoo").mkdir()
+    assert zoo.zoo_folder() == tmp_path / "zoo"
+    (tmp_path / "sagan_kernels" / "_zoo").mkdir(
+        parents=True
+    )  # then a foreign zoo/ beside the package is not it
+    assert zoo.zoo_folder() == tmp_path / "sagan_kernels" / "_zoo"
+
+
 def test_weights_that_are_not_there_name_those_that_are(zoo_folder):
     with pytest.raises(ValueError, match=r"are there for sagan_32_tiny, got 'sagan_32_dots'"):
         create_model("sagan_32_dots", pretrained=True)
