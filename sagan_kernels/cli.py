@@ -59,10 +59,10 @@ class OneLineErrors(click.Group):
 
 @contextmanager
 def usage() -> Iterator[None]:
-    """Inside, a ValueError is the user's slip: exit code 2."""
+    """Inside, a wrong value or a missing file is the user's slip: exit code 2."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:
         raise click.UsageError(str(error)) from error
 
 

@@ -157,7 +157,7 @@ class _PlainUpBlock(nn.Module):
     def __init__(self, block: PlainUpBlock, after: tuple[Tensor, Tensor] | None, dtype: torch.dtype) -> None:
         super().__init__()
         self.norm1 = _Affine(*_tables(block.norm1), dtype)
-        weight, bias = block.conv1.weight, block.conv1.bias
+        weight, bias = block.conv1.weight, cast(Tensor, block.conv1.bias)
         if after is not None:
             scale, shift = after
             weight, bias = weight * scale[:, None, None], bias * scale + shift
@@ -197,7 +197,7 @@ def _tables(norm: ConditionalBatchNorm2d, bias: Tensor | None = None) -> tuple[T
 
 def _plain_affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """Eval-mode batch norm as scale and shift, both (C,)."""
-    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()  # type: ignore[operator]
+    scale = norm.weight * torch.rsqrt(cast(Tensor, norm.running_var) + norm.eps)
     return scale, norm.bias - norm.running_mean * scale  # type: ignore[operator]
 
 
