@@ -8,7 +8,14 @@ from sagan_kernels.models import Generator
 from sagan_kernels.models.inference import inference_generator
 
 # (resolution, base_channels, attention_at, batch): 128 px with the published placements, 32 px as shipped
-SHAPES = [(128, 32, 64, 1), (128, 32, 64, 8), (128, 64, 64, 1), (128, 32, 32, 1), (32, 32, 16, 1), (32, 32, 16, 8)]
+SHAPES = [
+    (128, 32, 64, 1),
+    (128, 32, 64, 8),
+    (128, 64, 64, 1),
+    (128, 32, 32, 1),
+    (32, 32, 16, 1),
+    (32, 32, 16, 8),
+]
 
 
 def trained_like(**settings):

@@ -37,7 +37,9 @@ def contenders(shape):
     torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-4)
     for (name, p), q in zip(eager.named_parameters(), ours.parameters(), strict=True):
         scale = p.grad.abs().max().item() + 1e-6
-        torch.testing.assert_close(q.grad, p.grad, rtol=0, atol=1e-3 * scale, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            q.grad, p.grad, rtol=0, atol=1e-3 * scale, msg=lambda m, n=name: f"{n}: {m}"
+        )
     return calls
 
 

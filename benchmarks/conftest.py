@@ -71,6 +71,7 @@ def pytest_terminal_summary(terminalreporter, config):
     for bench in measured:
         info = bench.extra_info
         told = ", ".join(
-            f"{name} {info['speedup'][name]:.2f}x ({info['median_ms'][name]:.1f} ms)" for name in info["speedup"]
+            f"{name} {info['speedup'][name]:.2f}x ({info['median_ms'][name]:.1f} ms)"
+            for name in info["speedup"]
         )
         terminalreporter.write_line(f"{bench.name}: {told}")

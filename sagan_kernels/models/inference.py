@@ -1,7 +1,7 @@
 """The inference form of a generator: the same function by exact algebra, with less to do."""
 
 import copy
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +23,7 @@ def inference_generator(generator: Generator, *, dtype: torch.dtype = torch.floa
 
     Args:
         generator: trained; its stored batch-norm statistics are used, so fit them first (`standing_statistics`).
-        dtype: float32, equal to the eval-mode generator to 1e-5; or bfloat16, to about 1e-2 on the scale of [-1, 1],
-            with attention in float32.
+        dtype: float32, equal to the eval-mode generator to 1e-5; or bfloat16, to about 1e-2 on the scale of [-1, 1].
 
     Returns:
         A module called as (z, label) that gives float32 images, and refuses to train.
@@ -108,29 +107,81 @@ class _Affine(nn.Module):
 
 
 class _Convolution(nn.Module):
-    """A stride-1 convolution of the same size, its weight channels_last."""
+    """A convolution whose weight oneDNN has laid out once, where the CPU and this PyTorch can.
+
+    F.conv2d lays the weight out anew at every call, which for wide layers and few images costs more than the
+    convolution. The operators that keep the layout are those torch.compile's CPU back end calls; where they are
+    missing or refuse, F.conv2d runs.
+    """
 
     weight: Tensor
     bias: Tensor | None
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__()
-        self.register_buffer("weight", _packed(weight, dtype))
+        weight = weight.detach().to(dtype)
+        self.padding = weight.shape[2] // 2
+        self.register_buffer("weight", weight.contiguous(memory_format=torch.channels_last))
         self.register_buffer("bias", None if bias is None else bias.detach().to(dtype))
+        self._laid_out: Tensor | None = (
+            None  # no buffer: an opaque oneDNN tensor, made from weight at first use
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.weight, self.bias, padding=self.weight.shape[2] // 2)
+        if x.device.type != "cpu" or torch.compiler.is_compiling():
+            return self._plain(x)
+        if self._laid_out is None:
+            self._laid_out = self._lay_out(x)
+        return self._plain(x) if self._laid_out.layout is torch.strided else self._kept(x, self._laid_out)
+
+    def _lay_out(self, x: Tensor) -> Tensor:
+        """The weight as oneDNN wants it for inputs such as x; the plain weight where that cannot be had."""
+        try:
+            return self._reorder(x)
+        except (AttributeError, RuntimeError):
+            return self.weight
+
+    def _plain(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight, self.bias, padding=self.padding)
+
+    def _reorder(self, x: Tensor) -> Tensor:
+        p = [self.padding] * 2
+        return torch.ops.mkldnn._reorder_convolution_weight(self.weight, p, [1, 1], [1, 1], 1, list(x.shape))
+
+    def _kept(self, x: Tensor, weight: Tensor) -> Tensor:
+        p = [self.padding] * 2
+        return torch.ops.mkldnn._convolution_pointwise(
+            x, weight, self.bias, p, [1, 1], [1, 1], 1, "none", [], ""
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_laid_out": None}
+
+
+class _UpConvolution(_Convolution):
+    """A 4×4 transposed convolution of stride 2, weight (C, K, 4, 4): twice the size."""
+
+    def _plain(self, x: Tensor) -> Tensor:
+        return F.conv_transpose2d(x, self.weight, self.bias, stride=2, padding=1)
+
+    def _reorder(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._reorder_convolution_transpose_weight(
+            self.weight, [1, 1], [0, 0], [2, 2], [1, 1], 1, list(x.shape)
+        )
+
+    def _kept(self, x: Tensor, weight: Tensor) -> Tensor:
+        return torch.ops.mkldnn._convolution_transpose_pointwise(
+            x, weight, self.bias, [1, 1], [0, 0], [2, 2], [1, 1], 1, "none", [], ""
+        )
 
 
 class _UpBlock(nn.Module):
     """`UpBlock`, optionally followed by an affine map that its convolutions take in."""
 
-    kernel1: Tensor
-
     def __init__(self, block: UpBlock, after: tuple[Tensor, Tensor] | None, dtype: torch.dtype) -> None:
         super().__init__()
         self.norm1 = _Affine(*_tables(block.norm1), dtype)
-        self.register_buffer("kernel1", _packed(upsample_kernel(block.conv1.weight), dtype))
+        self.conv1 = _UpConvolution(upsample_kernel(block.conv1.weight), None, dtype)
         self.norm2 = _Affine(*_tables(block.norm2, block.conv1.bias), dtype)
         weight, shortcut = block.conv2.weight, block.shortcut.weight
         bias = block.conv2.bias + block.shortcut.bias  # type: ignore[operator]
@@ -143,16 +194,13 @@ class _UpBlock(nn.Module):
 
     def forward(self, x: Tensor, label: Tensor | None) -> Tensor:
         h = self.norm1(x, label).relu_()
-        h = F.conv_transpose2d(h, self.kernel1, None, stride=2, padding=1)
-        h = self.conv2(self.norm2(h, label).relu_())
+        h = self.norm2(self.conv1(h), label).relu_()
+        h = self.conv2(h)
         return h.add_(F.interpolate(self.shortcut(x), scale_factor=2, mode="nearest"))
 
 
 class _PlainUpBlock(nn.Module):
     """`PlainUpBlock`, optionally followed by an affine map that its convolution takes in."""
-
-    kernel1: Tensor
-    bias1: Tensor
 
     def __init__(self, block: PlainUpBlock, after: tuple[Tensor, Tensor] | None, dtype: torch.dtype) -> None:
         super().__init__()
@@ -161,16 +209,14 @@ class _PlainUpBlock(nn.Module):
         if after is not None:
             scale, shift = after
             weight, bias = weight * scale[:, None, None], bias * scale + shift
-        self.register_buffer("kernel1", _packed(weight, dtype))
-        self.register_buffer("bias1", bias.detach().to(dtype))
+        self.conv1 = _UpConvolution(weight, bias, dtype)
 
     def forward(self, x: Tensor, label: Tensor | None) -> Tensor:
-        h = self.norm1(x, label).relu_()
-        return F.conv_transpose2d(h, self.kernel1, self.bias1, stride=2, padding=1)
+        return self.conv1(self.norm1(x, label).relu_())
 
 
 class _Attention(nn.Module):
-    """`SelfAttention2d` with gamma in the out projection, and the product of attention in float32."""
+    """`SelfAttention2d` with gamma in the out projection; softmax and its sums are float32 inside the product."""
 
     def __init__(self, layer: SelfAttention2d, dtype: torch.dtype) -> None:
         super().__init__()
@@ -181,9 +227,9 @@ class _Attention(nn.Module):
         self.out = _Convolution(layer.gamma * layer.out.weight, None, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        query = positions(self.query(x)).float()
-        key, value = positions(F.max_pool2d(self.key_value(x), 2)).float().split(self.widths, dim=2)
-        o = attention(query, key, value).to(x.dtype)
+        query = positions(self.query(x))
+        key, value = positions(F.max_pool2d(self.key_value(x), 2)).split(self.widths, dim=2)
+        o = attention(query, key, value)
         o = o.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)  # (B, Ev, H, W), channels_last
         return self.out(o).add_(x)
 
@@ -199,7 +245,3 @@ def _plain_affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """Eval-mode batch norm as scale and shift, both (C,)."""
     scale = norm.weight * torch.rsqrt(cast(Tensor, norm.running_var) + norm.eps)
     return scale, norm.bias - norm.running_mean * scale  # type: ignore[operator]
-
-
-def _packed(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    return weight.detach().to(dtype).contiguous(memory_format=torch.channels_last)
