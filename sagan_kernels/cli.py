@@ -90,6 +90,7 @@ def cli() -> None:
     metavar="PNG",
     help="One labelled sheet; --out then has no default.",
 )
+@click.option("--device", metavar="NAME", help="cpu, cuda, ...  [default: a GPU if there is one]")
 def sample(
     model: str,
     seeds: str,
@@ -98,6 +99,7 @@ def sample(
     batch_size: int,
     out: Path | None,
     grid: Path | None,
+    device: str | None,
 ) -> None:
     """Draw images from MODEL: a name of the zoo (see `sagan list`) or a model folder."""
     start = time.perf_counter()
@@ -108,7 +110,8 @@ def sample(
         if grid is not None and grid.suffix.lower() != ".png":
             raise ValueError(f"--grid: must end in .png, got {str(grid)!r}")
         hub.resolve(model)
-    generator = Generator.from_pretrained(model)
+    device = _device(device)
+    generator = Generator.from_pretrained(model).to(device)
     with usage():
         labels = parse_label(label, generator)
     if out is None and grid is None:
@@ -129,9 +132,8 @@ def sample(
     if grid is not None:
         _save(_sheet(samples, generator, len(numbers), rows=isinstance(labels, list)), grid)
         click.echo(f"grid of {count} images: {grid}")
-    device = generator.linear.bias.device
     impl = choose(None, torch.empty(0, device=device))
-    click.echo(f"{time.perf_counter() - start:.1f} s on {device.type}, implementation: {impl}")
+    click.echo(f"{time.perf_counter() - start:.1f} s on {device}, implementation: {impl}")
 
 
 @cli.command("list")
@@ -174,8 +176,14 @@ def list_command(as_json: bool) -> None:
 @click.option("--features", metavar="NAME", help="Feature network that scores  [default: the recipe's]")
 @click.option("--broken", type=click.Choice(["refuse", "skip"]), default="refuse", show_default=True,
               help="What to do with an image that cannot be decoded.")  # fmt: skip
+@click.option("--device", metavar="NAME", help="cpu, cuda, ...  [default: a GPU if there is one]")
 def train(
-    recipe: Path, data: Path, out: Path | None, features: str | None, broken: Literal["refuse", "skip"]
+    recipe: Path,
+    data: Path,
+    out: Path | None,
+    features: str | None,
+    broken: Literal["refuse", "skip"],
+    device: str | None,
 ) -> None:
     """Train the networks of RECIPE, a TOML file such as those in zoo/.
 
@@ -187,14 +195,17 @@ def train(
 
     with usage():
         loaded, entry = load_recipe(recipe), zoo.read_entry(recipe)
+        network = Generator(**loaded.generator)
+    device = _device(device)
     out = out or Path("runs") / loaded.name
-    network = Generator(**loaded.generator)
     images = load_images(
         data, resolution=network.resolution, channels=network.config["image_channels"], broken=broken
     )
     name = features or entry.data.get("features")
-    scorer = None if name is None else Scorer(_feature_net(name), images)
-    best = run(loaded, images, out, scorer=scorer)
+    scorer = None
+    if name is not None:
+        scorer = Scorer(_feature_net(name, device), images, conditional=bool(network.num_classes))
+    best = run(loaded, images, out, scorer=scorer, device=device)
     click.echo(f"best: {_told(best)}")
     click.echo(f"{loaded.train.total_steps} steps in {out}; networks in {out / 'best'}")
 
@@ -211,6 +222,7 @@ def train(
 @click.option("--neighbors", type=click.Path(path_type=Path), metavar="PNG",
               help="A sheet of samples beside their nearest training images.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.option("--device", metavar="NAME", help="cpu, cuda, ...  [default: a GPU if there is one]")
 def evaluate(
     model: str,
     data: Path,
@@ -220,6 +232,7 @@ def evaluate(
     features: str | None,
     neighbors: Path | None,
     as_json: bool,
+    device: str | None,
 ) -> None:
     """Score samples of MODEL against real images, beside what held-out real images score.
 
@@ -235,13 +248,15 @@ def evaluate(
             raise ValueError(
                 f"--features: must be given for {model}, a folder, got nothing; `sagan features` makes one"
             )
-    generator = Generator.from_pretrained(model)
+    device = _device(device)
+    generator = Generator.from_pretrained(model).to(device)
     channels = generator.config["image_channels"]
     real, held_out = (
         load_images(data, resolution=generator.resolution, channels=channels, split=split) for split in SPLITS
     )
+    scorer = Scorer(_feature_net(name, device), real, conditional=bool(generator.num_classes))
     result = evaluation.evaluate(
-        generator, Scorer(_feature_net(name), real), real, held_out,
+        generator, scorer, real, held_out,
         num_images=num_images or len(held_out), truncation=truncation, seed=seed,
     )  # fmt: skip
     if neighbors is not None:
@@ -333,8 +348,22 @@ def _sheet(samples: list[sampling.Sample], generator: Generator, columns: int, *
     return sampling.grid([s.image for s in samples], 8, titles=titles)
 
 
-def _feature_net(name: str) -> FeatureNet:
-    return load_feature_net(name if name.endswith(".safetensors") else zoo.feature_net(name))
+def _feature_net(name: str, device: str = "cpu") -> FeatureNet:
+    return load_feature_net(name if name.endswith(".safetensors") else zoo.feature_net(name)).to(device)
+
+
+def _device(name: str | None) -> str:
+    """A device that exists; None for a GPU if there is one."""
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (AssertionError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise click.UsageError(
+            f"--device: must be one that PyTorch has here, got {name!r} ({reason})"
+        ) from error
+    return name
 
 
 def _told(scores: dict[str, Any]) -> str:

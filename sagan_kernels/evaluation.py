@@ -1,5 +1,6 @@
 """How good samples are: Fréchet distance, class accuracy, diversity within a class, distance to training images."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -23,6 +24,7 @@ class Scores:
 
     fid: Fréchet distance in the feature network's space (never comparable with an Inception FID).
     accuracy: share of images that the feature network puts into the class they were made for.
+        NaN, and left out of `to_dict`, where images have no labels to be made for.
     diversity: mean absolute pixel difference of two images of one class, over the same of real images.
     feature_diversity: the same with Euclidean distances of features.
     num_images: how many images were scored.
@@ -35,7 +37,7 @@ class Scores:
     num_images: int
 
     def to_dict(self) -> dict[str, float]:
-        return asdict(self)
+        return {key: value for key, value in asdict(self).items() if value == value}
 
 
 class Scorer:
@@ -44,31 +46,37 @@ class Scorer:
     Args:
         net: the feature network; its name names the scores.
         train: the real training images.
+        conditional: False for an unconditional generator: diversity is then that of all images together.
         pairs_per_class: random pairs that diversity is averaged over.
     """
 
-    def __init__(self, net: FeatureNet, train: ImageData, *, pairs_per_class: int = 400) -> None:
-        self.net, self.pairs_per_class = net, pairs_per_class
-        self.num_classes = len(train.class_names)
+    def __init__(
+        self, net: FeatureNet, train: ImageData, *, conditional: bool = True, pairs_per_class: int = 400
+    ) -> None:
+        self.net, self.conditional, self.pairs_per_class = net, conditional, pairs_per_class
+        labels = self._groups(train)
         self._train_features, _ = embed(net, _real_batches(train))
-        self._pixels = within_class_distance(train.images, train.labels, pairs_per_class)
-        self._features = within_class_distance(
-            self._train_features, train.labels, pairs_per_class, euclidean=True
-        )
+        self._pixels = within_class_distance(train.images, labels, pairs_per_class)
+        self._features = within_class_distance(self._train_features, labels, pairs_per_class, euclidean=True)
 
     def score(self, data: ImageData) -> Scores:
         """Scores of labelled images, real or generated."""
         features, predicted = embed(self.net, _real_batches(data))
-        pixels = within_class_distance(data.images, data.labels, self.pairs_per_class)
-        apart = within_class_distance(features, data.labels, self.pairs_per_class, euclidean=True)
-        present = ~np.isnan(pixels)
+        labels = self._groups(data)
+        pixels = within_class_distance(data.images, labels, self.pairs_per_class)
+        apart = within_class_distance(features, labels, self.pairs_per_class, euclidean=True)
+        classes = min(len(pixels), len(self._pixels))
+        present = np.flatnonzero(~np.isnan(pixels[:classes] + self._pixels[:classes]))
         return Scores(
             fid=frechet_distance(self._train_features, features),
-            accuracy=float((predicted == data.labels).mean()),
+            accuracy=float((predicted == data.labels).mean()) if self.conditional else math.nan,
             diversity=float(pixels[present].mean() / self._pixels[present].mean()),
             feature_diversity=float(apart[present].mean() / self._features[present].mean()),
             num_images=len(data),
         )
+
+    def _groups(self, data: ImageData) -> np.ndarray:
+        return data.labels if self.conditional else np.zeros_like(data.labels)
 
 
 def within_class_distance(
@@ -89,9 +97,8 @@ def within_class_distance(
         if len(index) < 2:
             continue
         first = random.integers(len(index), size=pairs)
-        second = (first + random.integers(1, len(index), size=pairs)) % len(
-            index
-        )  # never the same image twice
+        step = random.integers(1, len(index), size=pairs)  # not 0: never the same image twice
+        second = (first + step) % len(index)
         difference = samples[index[first]].astype(np.float64) - samples[index[second]]
         difference = difference.reshape(pairs, -1)
         distance = np.linalg.norm(difference, axis=1) if euclidean else np.abs(difference).mean(1) / 255
@@ -108,6 +115,7 @@ def generate(
     truncation: float | None = None,
     batch_size: int = 64,
     seed: int = 0,
+    device: str | torch.device = "cpu",
 ) -> ImageData:
     """`num_images` samples with balanced labels, rounded to bytes.
 
@@ -119,14 +127,15 @@ def generate(
         truncation: limit of the latents, None for none.
         batch_size: images a forward pass.
         seed: of the latents.
+        device: where the generator is.
     """
     random = torch.Generator().manual_seed(seed)
     labels = np.arange(num_images) % max(config["num_classes"], 1)
     images = []
     with torch.inference_mode():
         for start in range(0, num_images, batch_size):
-            label = torch.from_numpy(labels[start : start + batch_size])
-            z = truncated_normal((len(label), config["z_dim"]), truncation, random)
+            label = torch.from_numpy(labels[start : start + batch_size]).to(device)
+            z = truncated_normal((len(label), config["z_dim"]), truncation, random).to(device)
             x = generator(z, label if config["num_classes"] else None)
             images.append(to_bytes(x))
     return ImageData(np.concatenate(images), labels, class_names)
@@ -191,9 +200,14 @@ def _samples(
 ) -> ImageData:
     if truncation is not None:
         generator = standing_statistics(generator, truncation=truncation)
-    fast = inference_generator(generator)
     return generate(
-        fast, generator.config, num_images, class_names=train.class_names, truncation=truncation, seed=seed
+        inference_generator(generator),
+        generator.config,
+        num_images,
+        class_names=train.class_names,
+        truncation=truncation,
+        seed=seed,
+        device=generator.linear.bias.device,
     )
 
 

@@ -130,9 +130,9 @@ def embed(net: FeatureNet, batches: Iterator[Tensor]) -> tuple[np.ndarray, np.nd
     net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     features, predicted = [], []
     for x in batches:
-        f = net.features(x.contiguous(memory_format=torch.channels_last))
-        features.append(f.double().numpy())
-        predicted.append(net.head(f).argmax(1).numpy())
+        f = net.features(x.to(net.head.bias.device).contiguous(memory_format=torch.channels_last))
+        features.append(f.double().cpu().numpy())
+        predicted.append(net.head(f).argmax(1).cpu().numpy())
     return np.concatenate(features), np.concatenate(predicted)
 
 

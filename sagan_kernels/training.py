@@ -36,6 +36,7 @@ class TrainConfig:
     lr_d: float = 4e-4  # of the discriminator: two time scales, arXiv:1706.08500
     beta1: float = 0.0  # Adam, both networks
     beta2: float = 0.9
+    decay: float = 0.0  # share of the run, its last, over which both step sizes fall linearly to zero
     d_steps: int = 1  # discriminator steps a generator step
     ema_decay: float = 0.999  # of the generator's weights, a generator step
     augment: tuple[str, ...] = ()  # DiffAugment policies: color, translation, cutout
@@ -58,6 +59,8 @@ class TrainConfig:
         for name in ("beta1", "beta2", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"[train] {name}: must be at least 0 and below 1, got {getattr(self, name)}")
+        if not 0 <= self.decay <= 1:
+            raise ValueError(f"[train] decay: must be from 0 to 1, got {self.decay}")
         if self.precision not in ("fp32", "bf16"):
             raise ValueError(f"[train] precision: must be fp32 or bf16, got {self.precision!r}")
         if unknown := [name for name in self.augment if name not in POLICIES]:
@@ -108,15 +111,15 @@ class Run:
     uninterrupted one exactly, on the same device and number of threads.
     """
 
-    def __init__(self, recipe: Recipe, data: ImageData) -> None:
-        self.config, self.data = recipe.train, data
+    def __init__(self, recipe: Recipe, data: ImageData, device: str | torch.device = "cpu") -> None:
+        self.config, self.data, self.device = recipe.train, data, torch.device(device)
         with torch.random.fork_rng():
             torch.manual_seed(self.config.seed)
             self.generator = Generator(**recipe.generator)
             self.discriminator = Discriminator(**recipe.discriminator)
             self.ema = Generator(**recipe.generator)
         for network in (self.generator, self.discriminator, self.ema):
-            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         _check_fit(self.generator, self.discriminator, data)
         self.ema.load_state_dict(self.generator.state_dict())
         self.ema.requires_grad_(False).eval()
@@ -127,29 +130,37 @@ class Run:
         )
         self.step = 0  # generator steps done
         self.best: dict[str, float] | None = None
-        pixels = within_class_distance(data.images, data.labels, 400)
-        self.real_distance = (
-            torch.from_numpy(np.nan_to_num(pixels, nan=1e-6)).float() * 2
-        )  # images are [-1, 1]
+        labels = data.labels if self.generator.num_classes else np.zeros_like(data.labels)
+        pixels = np.nan_to_num(within_class_distance(data.images, labels, 400), nan=1e-6)
+        self.real_distance = 2 * torch.from_numpy(pixels).float().to(self.device)  # images are in [-1, 1]
 
     def advance(self) -> dict[str, float]:
         """One generator step after d_steps discriminator steps; returns the losses."""
         random = torch.Generator().manual_seed(_seed(self.config.seed, self.step))
+        noise = random  # of the augmentations, on the images' device
+        if self.device.type != "cpu":
+            noise = torch.Generator(self.device).manual_seed(_seed(self.config.seed, self.step, 1))
+        left = 1 - self.step / self.config.total_steps
+        share = min(1.0, left / self.config.decay) if self.config.decay else 1.0
+        self.optimizer_g.param_groups[0]["lr"] = self.config.lr_g * share
+        self.optimizer_d.param_groups[0]["lr"] = self.config.lr_d * share
         logs: dict[str, float] = {}
         for i in range(self.config.d_steps):
-            logs |= self._discriminator_step(self.step * self.config.d_steps + i, random)
-        logs |= self._generator_step(random)
+            logs |= self._discriminator_step(self.step * self.config.d_steps + i, random, noise)
+        logs |= self._generator_step(random, noise)
         self._average()
         self.step += 1
         return logs
 
-    def _discriminator_step(self, d_step: int, random: torch.Generator) -> dict[str, float]:
+    def _discriminator_step(
+        self, d_step: int, random: torch.Generator, noise: torch.Generator
+    ) -> dict[str, float]:
         real, label = self._batch(d_step)
         with self._autocast():
             z, fake_label = self._latents(len(real), random)
             with torch.no_grad():
                 fake = self.generator(z, fake_label).float()
-            both = diff_augment(torch.cat([real, fake]), self.config.augment, random)
+            both = diff_augment(torch.cat([real, fake]), self.config.augment, noise)
             labels = None if label is None or fake_label is None else torch.cat([label, fake_label])
             logits = self.discriminator(both.contiguous(memory_format=torch.channels_last), labels).float()
         real_logits, fake_logits = logits.chunk(2)
@@ -162,19 +173,19 @@ class Run:
         self.optimizer_d.zero_grad()
         loss.backward()
         if self.config.r1_gamma and d_step % self.config.r1_every == 0:
-            seen = diff_augment(real, self.config.augment, random)
+            seen = diff_augment(real, self.config.augment, noise)
             penalty = regularizers.r1_penalty(self.discriminator, seen, label)
             (penalty * (self.config.r1_gamma / 2 * self.config.r1_every)).backward()
             logs["r1"] = penalty.item()
         self.optimizer_d.step()
         return logs
 
-    def _generator_step(self, random: torch.Generator) -> dict[str, float]:
+    def _generator_step(self, random: torch.Generator, noise: torch.Generator) -> dict[str, float]:
         self.discriminator.requires_grad_(False)
         z, label = self._latents(self.config.batch_size, random, pairs=bool(self.config.diversity))
         with self._autocast():
             fake = self.generator(z, label)
-            seen = diff_augment(fake.float(), self.config.augment, random)
+            seen = diff_augment(fake.float(), self.config.augment, noise)
             seen = seen.contiguous(memory_format=torch.channels_last)
             adversarial = losses.hinge_g(self.discriminator(seen, label).float())
         logs = {"loss_g": adversarial.item()}
@@ -203,19 +214,19 @@ class Run:
         epoch, at = divmod(d_step, len(self.data) // size)
         order = np.random.default_rng((self.config.seed, epoch)).permutation(len(self.data))
         real, label = self.data.batch(order[at * size : (at + 1) * size])
-        return real, label if self.generator.num_classes else None
+        return real.to(self.device), label.to(self.device) if self.generator.num_classes else None
 
     def _latents(
         self, count: int, random: torch.Generator, *, pairs: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        z = torch.randn(count, self.generator.z_dim, generator=random)
+        z = torch.randn(count, self.generator.z_dim, generator=random).to(self.device)
         if not self.generator.num_classes:
             return z, None
-        label = torch.randint(self.generator.num_classes, (count,), generator=random)
+        label = torch.randint(self.generator.num_classes, (count,), generator=random).to(self.device)
         return z, torch.cat([label[: count // 2]] * 2) if pairs else label
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast("cpu", torch.bfloat16, enabled=self.config.precision == "bf16")
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
 
     def sampler(self) -> Generator:
         """The averaged generator with batch-norm statistics of its own: what is scored, shown and shipped."""
@@ -236,14 +247,19 @@ class Run:
 
     def load(self, path: Path) -> None:
         """Go on from what `save` wrote."""
-        state = torch.load(path, weights_only=True)
+        state = torch.load(path, weights_only=True, map_location=self.device)
         self.step, self.best = state["step"], state["best"]
         for name in ("generator", "discriminator", "ema", "optimizer_g", "optimizer_d"):
             getattr(self, name).load_state_dict(state[name])
 
 
 def train(
-    recipe: Recipe, data: ImageData, out: str | Path, *, scorer: Scorer | None = None
+    recipe: Recipe,
+    data: ImageData,
+    out: str | Path,
+    *,
+    scorer: Scorer | None = None,
+    device: str | torch.device = "cpu",
 ) -> dict[str, float]:
     """Train to the recipe's length, resuming where `out` holds a run of the same settings.
 
@@ -255,6 +271,7 @@ def train(
         data: the training split.
         out: the run folder.
         scorer: scores samples; None leaves scores out, and best/ is the latest.
+        device: where the networks run.
 
     Returns:
         The best scores.
@@ -264,7 +281,7 @@ def train(
         FloatingPointError: a loss is not finite.
     """
     out = Path(out)
-    run = Run(recipe, data)
+    run = Run(recipe, data, device)
     _settings(recipe, data, out)
     checkpoint, metrics = out / "checkpoint.pt", out / "metrics.jsonl"
     if checkpoint.is_file():
@@ -370,7 +387,12 @@ def _score(run: Run, scorer: Scorer | None, out: Path) -> dict[str, float]:
     scores: dict[str, float] = {}
     if scorer is not None:
         samples = generate(
-            sampler, sampler.config, run.config.score_images, class_names=run.data.class_names, seed=1
+            sampler,
+            sampler.config,
+            run.config.score_images,
+            class_names=run.data.class_names,
+            seed=1,
+            device=run.device,
         )
         scores = scorer.score(samples).to_dict()
     if run.best is None or scores.get("fid", -math.inf) <= run.best.get("fid", math.inf):

@@ -62,6 +62,23 @@ def test_accuracy_is_the_share_of_agreeing_labels():
     assert Scorer(net, data).score(data).accuracy == pytest.approx(1 / 3)
 
 
+def test_unconditional_scores_compare_all_images_and_claim_no_accuracy():
+    data = noise(90)
+    data.images[data.labels == 0] //= 4  # one class is darker: together they differ more than within a class
+    unlabelled = ImageData(data.images, np.zeros_like(data.labels), ["all"])
+    net = FeatureNet("noise-cnn", 1, 3, width=4).eval()
+    scores = Scorer(net, data, conditional=False).score(unlabelled).to_dict()
+    assert "accuracy" not in scores
+    assert scores["diversity"] == pytest.approx(1)
+
+
+def test_samples_that_lack_a_class_are_scored_on_those_they_have():
+    data = noise(60)
+    some = ImageData(data.images[data.labels < 2], data.labels[data.labels < 2], data.class_names)
+    scores = Scorer(FeatureNet("noise-cnn", 1, 3, width=4).eval(), data).score(some)
+    assert scores.diversity == pytest.approx(1, abs=0.02)
+
+
 def test_bytes_round_to_the_nearest():
     x = torch.tensor([-1.0, -1 + 0.6 / 127.5, 0.0, 1.0, 1.5]).reshape(1, 1, 1, 5)
     assert to_bytes(x).ravel().tolist() == [0, 1, 128, 255, 255]

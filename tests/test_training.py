@@ -162,10 +162,21 @@ def test_average_follows_the_generator_and_copies_its_statistics():
         assert torch.equal(ours, theirs)
 
 
+def test_step_sizes_fall_linearly_over_the_last_share_of_the_run():
+    run = Run(recipe(total_kimg=0.048, decay=0.5, lr_g=1e-4, lr_d=4e-4), images())  # 8 steps
+    seen = []
+    for _ in range(8):
+        run.advance()
+        seen.append([o.param_groups[0]["lr"] for o in (run.optimizer_g, run.optimizer_d)])
+    share = [1, 1, 1, 1, 1, 0.75, 0.5, 0.25]
+    np.testing.assert_allclose(seen, [[1e-4 * s, 4e-4 * s] for s in share])
+
+
 def test_generator_step_leaves_the_discriminator_alone():
     run = Run(recipe(), images())
     before = {key: value.clone() for key, value in run.discriminator.named_parameters()}
-    run._generator_step(torch.Generator().manual_seed(0))
+    random = torch.Generator().manual_seed(0)
+    run._generator_step(random, random)
     for key, value in run.discriminator.named_parameters():
         assert torch.equal(value, before[key])
         assert value.grad is None
@@ -206,6 +217,7 @@ def test_training_moves_samples_towards_the_data(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("[train]\ndecay = 1.5", "decay: must be from 0 to 1, got 1.5"),
         ("[train]\nlrg = 1", r"got 'lrg'; did you mean 'lr_g'\?"),
         ("[train]\nbatch_size = 0", "batch_size: must be positive, got 0"),
         ("[train]\nbeta2 = 1.0", "beta2: must be at least 0 and below 1, got 1.0"),
