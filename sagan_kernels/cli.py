@@ -24,6 +24,7 @@ from sagan_kernels.features import FeatureNet, load_feature_net, save_feature_ne
 from sagan_kernels.files import write_atomically
 from sagan_kernels.models import Generator
 from sagan_kernels.ops import choose
+from sagan_kernels.recipe import load_recipe
 
 MAX_SEEDS = 1_000_000
 SPLITS: tuple[Literal["train", "test"], ...] = ("train", "test")
@@ -190,7 +191,6 @@ def train(
     Given again, the command goes on where the run folder stopped. With a feature network, samples are scored
     and best/ holds the best networks so far; `sagan sample` and `sagan evaluate` read that folder.
     """
-    from sagan_kernels.training import load_recipe
     from sagan_kernels.training import train as run
 
     with usage():

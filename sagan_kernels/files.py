@@ -42,7 +42,7 @@ def write_together(contents: Mapping[Path, Write]) -> None:
             os.close(handle)
             temporaries[path] = Path(name)
             write(temporaries[path])
-            with temporaries[path].open("rb") as file:
+            with temporaries[path].open("rb+") as file:
                 os.fsync(file.fileno())
             temporaries[path].chmod(0o666 & ~_umask())
         for path, temporary in temporaries.items():

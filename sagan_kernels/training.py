@@ -1,12 +1,10 @@
 """Training a SAGAN from one recipe: hinge loss, two time-scale Adam, EMA, DiffAugment, R1; resumable to the bit."""
 
-import difflib
 import json
 import math
-import os
 import platform
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,92 +14,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 import sagan_kernels
-from sagan_kernels import losses, regularizers, sampling, zoo
-from sagan_kernels.augment import POLICIES, diff_augment
+from sagan_kernels import losses, regularizers, sampling
+from sagan_kernels.augment import diff_augment
 from sagan_kernels.data import ImageData
 from sagan_kernels.evaluation import Scorer, generate, within_class_distance
 from sagan_kernels.features import fingerprint
 from sagan_kernels.files import write_atomically
 from sagan_kernels.models.sagan import Discriminator, Generator
 from sagan_kernels.models.statistics import standing_statistics
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """One training run. Learning rates and moments default to the paper's, arXiv:1805.08318, section 4."""
-
-    batch_size: int = 256  # real images a discriminator step
-    total_kimg: int = 256_000  # run length, thousands of real images shown
-    lr_g: float = 1e-4  # Adam step size of the generator
-    lr_d: float = 4e-4  # of the discriminator: two time scales, arXiv:1706.08500
-    beta1: float = 0.0  # Adam, both networks
-    beta2: float = 0.9
-    decay: float = 0.0  # share of the run, its last, over which both step sizes fall linearly to zero
-    d_steps: int = 1  # discriminator steps a generator step
-    ema_decay: float = 0.999  # of the generator's weights, a generator step
-    augment: tuple[str, ...] = ()  # DiffAugment policies: color, translation, cutout
-    r1_gamma: float = 0.0  # weight of the R1 penalty, as γ/2 · E‖∇D(real)‖²
-    r1_every: int = 16  # discriminator steps between R1 steps, whose weight is multiplied by this (lazy)
-    diversity: float = 0.0  # weight of regularizers.diversity_shortfall in the generator's loss
-    precision: str = "fp32"  # or "bf16": autocast of both networks' forward passes; R1 stays in fp32
-    seed: int = 0
-    log_every: int = 50  # generator steps between lines of metrics.jsonl
-    checkpoint_every: int = 500  # generator steps
-    score_every: int = 500  # generator steps; each score may become the new best
-    score_images: int = 2000
-    grid_every: int = 500  # generator steps between sample grids
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "total_kimg", "lr_g", "lr_d", "d_steps", "r1_every", "log_every",
-                     "checkpoint_every", "score_every", "score_images", "grid_every"):  # fmt: skip
-            if not getattr(self, name) > 0:
-                raise ValueError(f"[train] {name}: must be positive, got {getattr(self, name)}")
-        for name in ("beta1", "beta2", "ema_decay"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"[train] {name}: must be at least 0 and below 1, got {getattr(self, name)}")
-        if not 0 <= self.decay <= 1:
-            raise ValueError(f"[train] decay: must be from 0 to 1, got {self.decay}")
-        if self.precision not in ("fp32", "bf16"):
-            raise ValueError(f"[train] precision: must be fp32 or bf16, got {self.precision!r}")
-        if unknown := [name for name in self.augment if name not in POLICIES]:
-            raise ValueError(f"[train] augment: must be among {', '.join(POLICIES)}, got {unknown[0]!r}")
-        if self.diversity and self.batch_size % 2:
-            raise ValueError(
-                f"[train] diversity: needs an even batch_size to make pairs, got batch_size {self.batch_size}"
-            )
-
-    @property
-    def total_steps(self) -> int:
-        """Generator steps of the whole run."""
-        return max(1, math.ceil(self.total_kimg * 1000 / (self.batch_size * self.d_steps)))
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What a zoo TOML says about making a model: keyword arguments of both networks, and the training run."""
-
-    name: str
-    generator: dict[str, Any]
-    discriminator: dict[str, Any]
-    train: TrainConfig
-
-
-def load_recipe(path: str | Path, **overrides: Any) -> Recipe:
-    """Read the [generator], [discriminator] and [train] tables of a TOML file; `overrides` replace train fields.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not TOML, an unknown key (with the nearest known one), or a value out of range.
-    """
-    entry = zoo.read_entry(Path(path))
-    table = entry.train | overrides
-    known = [f.name for f in fields(TrainConfig)]
-    for key in sorted(table.keys() - set(known)):
-        close = difflib.get_close_matches(key, known, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
-        raise ValueError(f"{entry.path.name}: [train] must have known keys only, got {key!r}; {hint}")
-    table["augment"] = tuple(table.get("augment", ()))
-    return Recipe(entry.name, entry.generator, entry.discriminator, TrainConfig(**table))
+from sagan_kernels.recipe import Recipe
 
 
 class Run:
@@ -356,7 +277,7 @@ def _settings(recipe: Recipe, data: ImageData, out: Path) -> None:
         "threads": torch.get_num_threads(), "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }  # fmt: skip
     text = json.dumps(decides | {"machine": machine}, indent=1, ensure_ascii=False)
-    write_atomically(path, lambda temporary: temporary.write_text(text + os.linesep, encoding="utf-8"))
+    write_atomically(path, lambda temporary: temporary.write_text(text + "\n", encoding="utf-8"))
 
 
 def _difference(before: Any, after: Any) -> str:
