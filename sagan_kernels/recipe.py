@@ -1,6 +1,7 @@
 """What a TOML file says about making a model: both networks' arguments, and one frozen record of the training run."""
 
 import difflib
+import inspect
 import math
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -8,6 +9,10 @@ from typing import Any
 
 from sagan_kernels import zoo
 from sagan_kernels.augment import POLICIES
+from sagan_kernels.models import Discriminator, Generator
+
+
+_KINDS = {int: "a whole number", float: "a number", str: "a text"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,10 +84,32 @@ def load_recipe(path: str | Path, **overrides: Any) -> Recipe:
     """
     entry = zoo.read_entry(Path(path))
     table = entry.train | overrides
-    known = [f.name for f in fields(TrainConfig)]
+    for name, keys, function in (
+        ("generator", entry.generator, Generator),
+        ("discriminator", entry.discriminator, Discriminator),
+        ("train", table, TrainConfig),
+    ):
+        _check_keys(f"{entry.path.name}: [{name}]", keys, list(inspect.signature(function).parameters))
+    for field in fields(TrainConfig):
+        if field.name in table and not _fits(table[field.name], field.default):
+            kind = "a list of texts" if field.name == "augment" else _KINDS[type(field.default)]
+            raise ValueError(
+                f"{entry.path.name}: [train] {field.name} must be {kind}, got {table[field.name]!r}"
+            )
+    table["augment"] = tuple(table.get("augment", ()))
+    return Recipe(entry.name, entry.generator, entry.discriminator, TrainConfig(**table))
+
+
+def _check_keys(where: str, table: dict[str, Any], known: list[str]) -> None:
     for key in sorted(table.keys() - set(known)):
         close = difflib.get_close_matches(key, known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
-        raise ValueError(f"{entry.path.name}: [train] must have known keys only, got {key!r}; {hint}")
-    table["augment"] = tuple(table.get("augment", ()))
-    return Recipe(entry.name, entry.generator, entry.discriminator, TrainConfig(**table))
+        raise ValueError(f"{where} must have known keys only, got {key!r}; {hint}")
+
+
+def _fits(value: Any, default: Any) -> bool:
+    if isinstance(default, tuple):
+        return isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)
+    if isinstance(default, float):
+        return type(value) in (int, float)
+    return type(value) is type(default)

@@ -9,6 +9,14 @@ from sagan_kernels.recipe import TrainConfig, load_recipe
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        (
+            "[generator]\nreslution = 32",
+            r"\[generator\] must have known keys only, got 'reslution'; did you mean 'resolution'",
+        ),
+        ("[discriminator]\nz_dim = 3", r"\[discriminator\] must have known keys only, got 'z_dim'"),
+        ("[train]\nbatch_size = 'x'", "batch_size must be a whole number, got 'x'"),
+        ("[train]\nbatch_size = 2.5", "batch_size must be a whole number, got 2.5"),
+        ("[train]\naugment = 'cutout'", "augment must be a list of texts, got 'cutout'"),
         ("[train]\ndecay = 1.5", "decay: must be from 0 to 1, got 1.5"),
         ("[train]\nlrg = 1", r"got 'lrg'; did you mean 'lr_g'\?"),
         ("[train]\nbatch_size = 0", "batch_size: must be positive, got 0"),
