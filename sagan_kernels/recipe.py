@@ -11,7 +11,6 @@ from sagan_kernels import zoo
 from sagan_kernels.augment import POLICIES
 from sagan_kernels.models import Discriminator, Generator
 
-
 _KINDS = {int: "a whole number", float: "a number", str: "a text"}
 
 
