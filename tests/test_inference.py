@@ -1,6 +1,7 @@
 """The inference form gives the eval-mode generator's images."""
 
 import copy
+import io
 
 import pytest
 import torch
@@ -49,6 +50,44 @@ def test_float32_equals_the_eval_mode_generator(settings):
     torch.testing.assert_close(fast(z, labels(g, 5)), g.eval()(z, labels(g, 5)).detach(), rtol=0, atol=1e-5)
     for key, value in g.state_dict().items():
         assert torch.equal(value, before[key]), key
+
+
+@pytest.mark.parametrize("residual", [True, False])
+def test_kept_weight_layouts_serve_every_batch_size_and_copy(residual):
+    g = generator({"residual": residual})
+    fast, g = inference_generator(g), g.eval()
+    z = torch.randn(9, 6)
+    expected = g(z, labels(g, 9)).detach()
+    for count in (1, 9, 4):  # the layout is made for the first
+        torch.testing.assert_close(fast(z[:count], labels(g, count)), expected[:count], rtol=0, atol=1e-5)
+    file = io.BytesIO()
+    torch.save(fast, file)
+    file.seek(0)
+    for other in (copy.deepcopy(fast), torch.load(file, weights_only=False)):
+        torch.testing.assert_close(other(z, labels(g, 9)), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("residual", [True, False])
+def test_weights_loaded_or_scaled_after_a_call_are_the_ones_used(residual):
+    g, other = generator({"residual": residual}), generator({"residual": residual})
+    fast, z = inference_generator(g), torch.randn(3, 6)
+    before = fast(z, labels(g, 3))
+    fast.load_state_dict(inference_generator(other).state_dict())
+    expected = other.eval()(z, labels(other, 3)).detach()
+    assert (before - expected).abs().max() > 0.01
+    torch.testing.assert_close(fast(z, labels(g, 3)), expected, rtol=0, atol=1e-5)
+    fast._apply(torch.zeros_like)
+    assert not fast(z, labels(g, 3)).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_onednn_the_images_are_the_same(dtype, monkeypatch):
+    g = generator({})
+    z = torch.randn(3, 6)
+    kept = inference_generator(g, dtype=dtype)(z, labels(g, 3))
+    monkeypatch.setattr(torch.ops, "mkldnn", object())
+    plain = inference_generator(g, dtype=dtype)(z, labels(g, 3))
+    torch.testing.assert_close(plain, kept, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.05)
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)

@@ -1,7 +1,7 @@
 """The inference form of a generator: the same function by exact algebra, with less to do."""
 
 import copy
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -153,6 +153,14 @@ class _Convolution(nn.Module):
         return torch.ops.mkldnn._convolution_pointwise(
             x, weight, self.bias, p, [1, 1], [1, 1], 1, "none", [], ""
         )
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        self._laid_out = None  # made from a weight that is about to change, as when one is loaded
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._laid_out = None
+        super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_laid_out": None}
