@@ -27,6 +27,9 @@ def trained_like(**settings):
             torch.nn.init.normal_(parameter, std=0.2)
         if name.endswith("gamma"):
             torch.nn.init.constant_(parameter, 0.5)
+    with torch.no_grad():
+        for _ in range(3):
+            model(torch.randn(8, model.z_dim), torch.arange(8))  # running statistics, u and v
     return model.eval()
 
 
