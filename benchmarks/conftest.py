@@ -53,6 +53,7 @@ def versus(benchmark, threads):
                 "device": "cpu",
                 "processor": platform.processor() or platform.machine(),
                 "threads": threads,
+                "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
                 "torch": torch.__version__,
                 "sagan_kernels": sagan_kernels.__version__,
             }
@@ -68,6 +69,11 @@ def pytest_terminal_summary(terminalreporter, config):
     if not measured:
         return
     terminalreporter.write_sep("-", "speed over the first contender, medians of interleaved rounds")
+    info = measured[0].extra_info
+    terminalreporter.write_line(
+        f"{info['threads']} threads on {os.cpu_count()} processors, load {info['load'] or 0:.1f} at the start, "
+        f"torch {info['torch']}; more threads and load than processors measure the scheduler, not the networks"
+    )
     for bench in measured:
         info = bench.extra_info
         told = ", ".join(
