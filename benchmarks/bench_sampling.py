@@ -62,7 +62,7 @@ def contenders(model, batch):
 def bench_sampling(shape, versus):
     resolution, base_channels, attention_at, batch = shape
     model = trained_like(resolution=resolution, base_channels=base_channels, attention_at=[attention_at])
-    rounds = 7 if base_channels * batch * resolution >= 8192 else 15
+    rounds = 7 if base_channels * batch * resolution >= 8192 else 31
     versus(contenders(model, batch), rounds=rounds, shape=str(shape), dtype="float32")
 
 
