@@ -19,7 +19,7 @@ class TrainConfig:
     """One training run. Learning rates and moments default to the paper's, arXiv:1805.08318, section 4."""
 
     batch_size: int = 256  # real images a discriminator step
-    total_kimg: int = 256_000  # run length, thousands of real images shown
+    total_kimg: float = 256_000.0  # run length, thousands of real images shown
     lr_g: float = 1e-4  # Adam step size of the generator
     lr_d: float = 4e-4  # of the discriminator: two time scales, arXiv:1706.08500
     beta1: float = 0.0  # Adam, both networks
