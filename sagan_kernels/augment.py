@@ -61,7 +61,8 @@ def _cutout(x: Tensor, generator: Generator) -> Tensor:
     cx = torch.randint(0, W + 1, (B, 1, 1), generator=generator, device=x.device)
     rows = torch.arange(H, device=x.device)[:, None]
     cols = torch.arange(W, device=x.device)
-    inside = (2 * (rows - cy).abs() < H // 2) & (2 * (cols - cx).abs() < W // 2)
+    dy, dx = rows - cy, cols - cx
+    inside = (dy >= -(H // 4)) & (dy < H // 2 - H // 4) & (dx >= -(W // 4)) & (dx < W // 2 - W // 4)
     return x * (~inside).unsqueeze(1).to(x.dtype)
 
 

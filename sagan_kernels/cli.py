@@ -28,6 +28,13 @@ from sagan_kernels.recipe import load_recipe
 
 MAX_SEEDS = 1_000_000
 SPLITS: tuple[Literal["train", "test"], ...] = ("train", "test")
+BROKEN = click.option(
+    "--broken",
+    type=click.Choice(["refuse", "skip"]),
+    default="refuse",
+    show_default=True,
+    help="What to do with an image that cannot be decoded.",
+)
 DATA_HELP = "Folder of images, .npz pack, or folder of Fashion-MNIST's IDX files."
 EXPECTED = (ArithmeticError, ImportError, NotImplementedError, OSError, TypeError, ValueError)
 """Errors that this package raises with a message made for users."""
@@ -175,8 +182,7 @@ def list_command(as_json: bool) -> None:
     "--out", type=click.Path(path_type=Path), metavar="DIR", help="Run folder  [default: runs/RECIPE]"
 )
 @click.option("--features", metavar="NAME", help="Feature network that scores  [default: the recipe's]")
-@click.option("--broken", type=click.Choice(["refuse", "skip"]), default="refuse", show_default=True,
-              help="What to do with an image that cannot be decoded.")  # fmt: skip
+@BROKEN
 @click.option("--device", metavar="NAME", help="cpu, cuda, ...  [default: a GPU if there is one]")
 def train(
     recipe: Path,
@@ -196,15 +202,16 @@ def train(
     with usage():
         loaded, entry = load_recipe(recipe), zoo.read_entry(recipe)
         network = Generator(**loaded.generator)
-    device = _device(device)
+        name = features or entry.data.get("features")
+        device = _device(device)
+        net = None if name is None else _feature_net(name, device)
     out = out or Path("runs") / loaded.name
     images = load_images(
         data, resolution=network.resolution, channels=network.config["image_channels"], broken=broken
     )
-    name = features or entry.data.get("features")
     scorer = None
-    if name is not None:
-        scorer = Scorer(_feature_net(name, device), images, conditional=bool(network.num_classes))
+    if net is not None:
+        scorer = Scorer(net, images, conditional=bool(network.num_classes))
     best = run(loaded, images, out, scorer=scorer, device=device)
     click.echo(f"best: {_told(best)}")
     click.echo(f"{loaded.train.total_steps} steps in {out}; networks in {out / 'best'}")
@@ -217,11 +224,14 @@ def train(
     "--images", "num_images", type=click.IntRange(2), help="Samples  [default: as many as test images]"
 )
 @click.option("--truncation", type=float, help="Redraw latents beyond this many standard deviations.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the samples.")
+@click.option(
+    "--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Of the samples."
+)
 @click.option("--features", metavar="NAME", help="Feature network: zoo name or file  [default: the entry's]")
 @click.option("--neighbors", type=click.Path(path_type=Path), metavar="PNG",
               help="A sheet of samples beside their nearest training images.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
+@BROKEN
 @click.option("--device", metavar="NAME", help="cpu, cuda, ...  [default: a GPU if there is one]")
 def evaluate(
     model: str,
@@ -232,6 +242,7 @@ def evaluate(
     features: str | None,
     neighbors: Path | None,
     as_json: bool,
+    broken: Literal["refuse", "skip"],
     device: str | None,
 ) -> None:
     """Score samples of MODEL against real images, beside what held-out real images score.
@@ -248,24 +259,29 @@ def evaluate(
             raise ValueError(
                 f"--features: must be given for {model}, a folder, got nothing; `sagan features` makes one"
             )
-    device = _device(device)
+        if neighbors is not None and neighbors.suffix.lower() != ".png":
+            raise ValueError(f"--neighbors: must end in .png, got {str(neighbors)!r}")
+        device = _device(device)
+        net = _feature_net(name, device)
     generator = Generator.from_pretrained(model).to(device)
     channels = generator.config["image_channels"]
     real, held_out = (
-        load_images(data, resolution=generator.resolution, channels=channels, split=split) for split in SPLITS
+        load_images(data, resolution=generator.resolution, channels=channels, split=split, broken=broken)
+        for split in SPLITS
     )
-    scorer = Scorer(_feature_net(name, device), real, conditional=bool(generator.num_classes))
+    evaluation.check_fit(generator, net, real)
+    scorer = Scorer(net, real, conditional=bool(generator.num_classes))
     result = evaluation.evaluate(
         generator, scorer, real, held_out,
         num_images=num_images or len(held_out), truncation=truncation, seed=seed,
     )  # fmt: skip
-    if neighbors is not None:
-        _save(evaluation.neighbor_sheet(generator, real, truncation=truncation, seed=seed), neighbors)
     if as_json:
         click.echo(json.dumps(result, indent=2))
-        return
-    for who, scores in result.items():
-        click.echo(f"{who:10} {_told(scores)}" if isinstance(scores, dict) else f"{who:10} {scores}")
+    else:
+        for who, scores in result.items():
+            click.echo(f"{who:10} {_told(scores) if isinstance(scores, dict) else scores}")
+    if neighbors is not None:
+        _save(evaluation.neighbor_sheet(generator, real, truncation=truncation, seed=seed), neighbors)
 
 
 @cli.command(
@@ -277,16 +293,26 @@ def evaluate(
 @click.option(
     "--out", required=True, type=click.Path(path_type=Path), metavar="FILE", help="A .safetensors file."
 )
-@click.option("--resolution", type=int, default=32, show_default=True)
+@click.option("--resolution", type=click.IntRange(8), default=32, show_default=True)
 @click.option("--channels", type=click.Choice(["1", "3"]), default="3", show_default=True)
+@BROKEN
 @click.option("--epochs", type=click.IntRange(1), default=6, show_default=True)
-def features_command(name: str, data: Path, out: Path, resolution: int, channels: str, epochs: int) -> None:
+def features_command(
+    name: str,
+    data: Path,
+    out: Path,
+    resolution: int,
+    channels: str,
+    epochs: int,
+    broken: Literal["refuse", "skip"],
+) -> None:
     """Train a feature network called NAME: the space that scores are measured in."""
     with usage():
         if out.suffix != ".safetensors":
             raise ValueError(f"--out: must end in .safetensors, got {str(out)!r}")
     real, held_out = (
-        load_images(data, resolution=resolution, channels=int(channels), split=split) for split in SPLITS
+        load_images(data, resolution=resolution, channels=int(channels), split=split, broken=broken)
+        for split in SPLITS
     )
     net = train_feature_net(real, name, epochs=epochs)
     accuracy = Scorer(net, real).score(held_out).accuracy
@@ -306,7 +332,9 @@ def parse_seeds(text: str) -> list[int]:
         match = re.fullmatch(r"\s*([0-9]{1,18})(?:-([0-9]{1,18}))?\s*", part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if last < first:
-            raise ValueError(f"--seeds: must be numbers and rising ranges such as 1,4-6, got {part!r}")
+            raise ValueError(
+                f"--seeds: must be numbers below 10**18 and rising ranges such as 1,4-6, got {part!r}"
+            )
         if len(seeds) + last - first >= MAX_SEEDS:
             raise ValueError(f"--seeds: must be at most {MAX_SEEDS} seeds, got {text!r}")
         seeds += range(first, last + 1)
@@ -357,8 +385,8 @@ def _device(name: str | None) -> str:
     if name is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=name)
-    except (AssertionError, RuntimeError) as error:
+        torch.empty(1, device=name).cpu()
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise click.UsageError(
             f"--device: must be one that PyTorch has here, got {name!r} ({reason})"
@@ -367,7 +395,9 @@ def _device(name: str | None) -> str:
 
 
 def _told(scores: dict[str, Any]) -> str:
-    return ", ".join(f"{key} {value:.4g}" for key, value in scores.items())
+    return ", ".join(
+        f"{key} {value if isinstance(value, int) else format(value, '.4g')}" for key, value in scores.items()
+    )
 
 
 def _save(image: Image.Image, path: Path) -> None:

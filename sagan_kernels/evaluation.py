@@ -165,12 +165,17 @@ def evaluate(
     Returns:
         {"score": "FID-<features>", "samples": {...}, "held_out": {...}}; nearest_training_image is the median
         root-mean-square pixel distance to the nearest training image. A copy has 0; a generator that copies is far
-        below the held-out images' value.
+        below the held-out images' value. At most 1,000 images, evenly spaced, are looked up.
+
+    Raises:
+        ValueError: generator, feature network and data are not of the same classes or channels.
     """
+    check_fit(generator, scorer.net, train)
     samples = _samples(generator, train, num_images, truncation, seed)
     result: dict[str, Any] = {"score": f"FID-{scorer.net.name}"}
     for name, data in (("samples", samples), ("held_out", held_out)):
-        few = ImageData(data.images[:1000], data.labels[:1000], data.class_names)
+        at = np.linspace(0, len(data) - 1, min(1000, len(data))).round().astype(int)  # of every class
+        few = ImageData(data.images[at], data.labels[at], data.class_names)
         distance = float(np.median(nearest_training_images(few, train)[1]))
         result[name] = scorer.score(data).to_dict() | {"nearest_training_image": distance}
     return result
@@ -193,6 +198,31 @@ def neighbor_sheet(
             images.append(Image.fromarray(data.images[at].squeeze()))
             titles.append(title)
     return grid(images, 8, titles=titles)
+
+
+def check_fit(generator: Generator, net: FeatureNet, train: ImageData) -> None:
+    """Refuse a generator, a feature network and data that do not belong together.
+
+    Raises:
+        ValueError: they differ in channels, or in number, names or order of classes.
+    """
+    names, K = generator.class_names, generator.num_classes
+    channels, classes = net.config["image_channels"], net.config["num_classes"]
+    if channels != generator.config["image_channels"] or classes != len(train.class_names):
+        raise ValueError(
+            f"evaluate: the feature network must be of {generator.config['image_channels']} channels and "
+            f"{len(train.class_names)} classes, got {net.name} with {channels} and {classes}; name another"
+        )
+    if K and len(train.class_names) != K:
+        raise ValueError(
+            f"evaluate: the data must have the generator's {K} classes, got {len(train.class_names)}"
+        )
+    if K and names is not None and names != train.class_names:
+        at = next(i for i in range(K) if names[i] != train.class_names[i])
+        raise ValueError(
+            f"evaluate: class {at} of the data must be the generator's {names[at]!r}, got {train.class_names[at]!r}; "
+            "use the data it was trained on, its classes in the same order"
+        )
 
 
 def _samples(

@@ -152,6 +152,14 @@ def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
     return float(shift + np.trace(cov1) + np.trace(cov2) - 2 * cross)
 
 
+def weights_sha256(net: FeatureNet) -> str:
+    """sha256 of the network's weights: says which feature space a score was measured in."""
+    digest = hashlib.sha256()
+    for key, value in sorted(net.state_dict().items()):
+        digest.update(key.encode() + value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def fingerprint(data: ImageData) -> str:
     """sha256 of the images' bytes and labels: says which data a figure was measured on."""
     digest = hashlib.sha256(np.ascontiguousarray(data.images).tobytes())

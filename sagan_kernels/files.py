@@ -1,6 +1,7 @@
 """Files that are either whole or not there: written under a temporary name, flushed, then renamed."""
 
 import os
+import re
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -49,11 +50,19 @@ def write_together(contents: Mapping[Path, Write]) -> None:
             temporary.replace(path)
     except OSError as error:
         raise OSError(
-            error.errno, f"{path}: could not be written, {error.strerror or error}; nothing was changed"
+            error.errno,
+            f"{path}: could not be written, {error.strerror or error}; the old file is still whole",
         ) from error
     finally:
         for temporary in temporaries.values():
             temporary.unlink(missing_ok=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove the temporary files that a killed process left in `folder` or below it."""
+    for path in folder.rglob(".*"):
+        if re.fullmatch(r"\..+\.[a-z0-9_]{8}\.[a-z]+", path.name) and path.is_file():
+            path.unlink()
 
 
 def _umask() -> int:

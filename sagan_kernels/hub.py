@@ -92,6 +92,8 @@ class Pretrained(nn.Module):
                 another library or a newer format, or a weight does not fit into `dtype`.
             OSError: could not be written; the old files are still whole.
         """
+        if dtype is not None and not dtype.is_floating_point:
+            raise ValueError(f"save_pretrained: dtype must be a floating-point one, got {dtype}")
         folder = Path(folder)
         names = self.class_names if class_names is None else list(class_names)
         self._check_names(names, "save_pretrained")
@@ -105,6 +107,7 @@ class Pretrained(nn.Module):
             self.part: self.config,
             "class_names": config.get("class_names") if names is None else names,
         }
+        self._check_names(config["class_names"], f"save_pretrained: {folder}")
         config["sha256"][weights.name] = hashlib.sha256(content).hexdigest()
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
         write_together(
@@ -131,6 +134,10 @@ def resolve(name_or_dir: str | Path) -> Path:
     if str(name_or_dir) in zoo.list_models():
         return zoo.weights_folder(str(name_or_dir))
     path = Path(name_or_dir)
+    if not str(name_or_dir):
+        raise ValueError("from_pretrained: must be a zoo entry or a model folder, got an empty name")
+    if not (path / "config.json").exists() and (path / "best" / "config.json").is_file():
+        raise ValueError(f"{path}: must be a model folder, got a run folder; give {path / 'best'}")
     if path.is_file():
         raise ValueError(f"{path}: must be a model folder with config.json, got {_kind(path)}")
     if not path.is_dir():

@@ -47,6 +47,15 @@ class TrainConfig:
         for name in ("beta1", "beta2", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"[train] {name}: must be at least 0 and below 1, got {getattr(self, name)}")
+        for name in ("r1_gamma", "diversity", "seed"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"[train] {name}: must not be negative, got {getattr(self, name)}")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"[train] {field.name}: must be finite, got {value}")
+        if self.score_images < 2:
+            raise ValueError(f"[train] score_images: must be at least 2, got {self.score_images}")
         if not 0 <= self.decay <= 1:
             raise ValueError(f"[train] decay: must be from 0 to 1, got {self.decay}")
         if self.precision not in ("fp32", "bf16"):

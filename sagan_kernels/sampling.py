@@ -1,9 +1,10 @@
 """Images from a generator: one seed, one image, whatever the batch; and labelled grids of them."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from operator import index
 
 import numpy as np
 import torch
@@ -43,7 +44,7 @@ def draw(
         label: class of all images; several to draw every seed with each, label by label; None to let each
             seed choose its own.
         truncation: limit of the latents in standard deviations, arXiv:1809.11096, section 3.1; batch-norm
-            statistics are made anew to fit it, from 256 images.
+            statistics are made anew to fit it, from 512 images.
         batch_size: images a forward pass.
 
     Returns:
@@ -55,13 +56,14 @@ def draw(
     """
     if batch_size < 1:
         raise ValueError(f"draw: batch_size must be at least 1, got {batch_size}")
-    labels = [label] if label is None or isinstance(label, int) else list(label)
+    seeds = list(seeds)
+    labels = list(label) if isinstance(label, Iterable) else [None if label is None else index(label)]
     if min(seeds, default=0) < 0:
         raise ValueError(f"draw: seeds must not be negative, got {min(seeds)}")
     for number in labels:
         _check_label(number, generator.num_classes)
     if truncation is not None:
-        generator = standing_statistics(generator, truncation=truncation, num_images=256)
+        generator = standing_statistics(generator, truncation=truncation)
     wanted = ((seed, number) for number in labels for seed in seeds)
     return _draw(generator, wanted, truncation, batch_size)
 

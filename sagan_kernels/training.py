@@ -2,6 +2,7 @@
 
 import json
 import math
+import pickle
 import platform
 import time
 from dataclasses import asdict
@@ -11,18 +12,22 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import sagan_kernels
 from sagan_kernels import losses, regularizers, sampling
 from sagan_kernels.augment import diff_augment
 from sagan_kernels.data import ImageData
 from sagan_kernels.evaluation import Scorer, generate, within_class_distance
-from sagan_kernels.features import fingerprint
-from sagan_kernels.files import write_atomically
+from sagan_kernels.features import fingerprint, weights_sha256
+from sagan_kernels.files import sweep, write_atomically
 from sagan_kernels.models.sagan import Discriminator, Generator
 from sagan_kernels.models.statistics import standing_statistics
 from sagan_kernels.recipe import Recipe
+
+try:
+    from tqdm import tqdm
+except ImportError as error:
+    raise ImportError('train: must have tqdm, got none; pip install "sagan-kernels[train]"') from error
 
 
 class Run:
@@ -51,8 +56,16 @@ class Run:
         )
         self.step = 0  # generator steps done
         self.best: dict[str, float] | None = None
+        self.r1: float | None = (
+            None  # the latest penalty: it is not made at every step, but told on every line
+        )
         labels = data.labels if self.generator.num_classes else np.zeros_like(data.labels)
-        pixels = np.nan_to_num(within_class_distance(data.images, labels, 400), nan=1e-6)
+        pixels = np.zeros(len(data.class_names))
+        known = within_class_distance(data.images, labels, 400)
+        pixels[: len(known)] = np.nan_to_num(known)
+        pixels = pixels.clip(
+            1e-6
+        )  # a class of equal images asks for no diversity, and must not divide by zero
         self.real_distance = 2 * torch.from_numpy(pixels).float().to(self.device)  # images are in [-1, 1]
 
     def advance(self) -> dict[str, float]:
@@ -71,7 +84,7 @@ class Run:
         logs |= self._generator_step(random, noise)
         self._average()
         self.step += 1
-        return logs
+        return logs if self.r1 is None else logs | {"r1": self.r1}
 
     def _discriminator_step(
         self, d_step: int, random: torch.Generator, noise: torch.Generator
@@ -97,7 +110,7 @@ class Run:
             seen = diff_augment(real, self.config.augment, noise)
             penalty = regularizers.r1_penalty(self.discriminator, seen, label)
             (penalty * (self.config.r1_gamma / 2 * self.config.r1_every)).backward()
-            logs["r1"] = penalty.item()
+            self.r1 = penalty.item()
         self.optimizer_d.step()
         return logs
 
@@ -153,11 +166,17 @@ class Run:
         """The averaged generator with batch-norm statistics of its own: what is scored, shown and shipped."""
         return standing_statistics(self.ema)
 
+    def is_finite(self) -> bool:
+        """Whether no weight or statistic of the networks is NaN or infinite."""
+        networks = (self.generator, self.discriminator, self.ema)
+        return all(t.isfinite().all() for network in networks for t in network.state_dict().values())
+
     def save(self, path: Path) -> None:
         """Write everything needed to go on."""
         state = {
             "step": self.step,
             "best": self.best,
+            "r1": self.r1,
             "generator": self.generator.state_dict(),
             "discriminator": self.discriminator.state_dict(),
             "ema": self.ema.state_dict(),
@@ -168,8 +187,13 @@ class Run:
 
     def load(self, path: Path) -> None:
         """Go on from what `save` wrote."""
-        state = torch.load(path, weights_only=True, map_location=self.device)
-        self.step, self.best = state["step"], state["best"]
+        try:
+            state = torch.load(path, weights_only=True, map_location=self.device)
+        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+            raise ValueError(
+                f"{path}: must be a checkpoint of this run, got a damaged file; remove it to start over"
+            ) from error
+        self.step, self.best, self.r1 = state["step"], state["best"], state["r1"]
         for name in ("generator", "discriminator", "ema", "optimizer_g", "optimizer_d"):
             getattr(self, name).load_state_dict(state[name])
 
@@ -203,34 +227,40 @@ def train(
     """
     out = Path(out)
     run = Run(recipe, data, device)
-    _settings(recipe, data, out)
+    _settings(recipe, data, scorer, out)
     checkpoint, metrics = out / "checkpoint.pt", out / "metrics.jsonl"
     if checkpoint.is_file():
         run.load(checkpoint)
     _forget_after(metrics, run.step)
     config = run.config
-    bar = tqdm(total=config.total_steps, initial=run.step, unit="step", desc=recipe.name, smoothing=0.02)
-    with metrics.open("a", encoding="utf-8") as log:
+    sweep(out)
+    with (
+        metrics.open("a", encoding="utf-8") as log,
+        tqdm(
+            total=config.total_steps, initial=run.step, unit="step", desc=recipe.name, smoothing=0.02
+        ) as bar,
+    ):
         while run.step < config.total_steps:
             logs = run.advance()
             bar.update()
-            if not all(map(math.isfinite, logs.values())):
-                raise FloatingPointError(
-                    f"train: losses must be finite, got {logs} at step {run.step}; "
-                    f"resume from {checkpoint} with a lower learning rate"
-                )
             last = run.step == config.total_steps
-            if run.step % config.score_every == 0 or last:
+            saves = run.step % config.checkpoint_every == 0 or last
+            scores = run.step % config.score_every == 0 or last
+            if not all(map(math.isfinite, logs.values())) or ((saves or scores) and not run.is_finite()):
+                raise FloatingPointError(
+                    f"train: losses and weights must be finite, got others at step {run.step}; "
+                    "start again in another folder with lower lr_g and lr_d"
+                )
+            if scores:
                 logs |= _score(run, scorer, out)
                 bar.set_postfix({key: f"{logs[key]:.3g}" for key in ("fid", "diversity") if key in logs})
             if run.step % config.grid_every == 0 or last:
                 _grid(run, out / "grids" / f"{run.step:07d}.png")
-            if run.step % config.log_every == 0 or "fid" in logs or last:
+            if run.step % config.log_every == 0 or scores:
                 log.write(json.dumps({"step": run.step} | logs) + "\n")
                 log.flush()
-            if run.step % config.checkpoint_every == 0 or last:
+            if saves:
                 run.save(checkpoint)
-    bar.close()
     return run.best or {}
 
 
@@ -247,24 +277,39 @@ def _check_fit(generator: Generator, discriminator: Discriminator, data: ImageDa
             f"recipe: images must be {generator.resolution} px with {generator.config['image_channels']} channels, "
             f"got {side} px with {channels}"
         )
+    missing = sorted(set(range(len(data.class_names))) - set(data.labels.tolist()))
+    if generator.num_classes and missing:
+        raise ValueError(
+            f"recipe: every class must have a training image, got none of {data.class_names[missing[0]]!r}"
+        )
     if generator.num_classes and generator.num_classes != len(data.class_names):
         raise ValueError(
             f"recipe: num_classes must be the data's {len(data.class_names)}, or 0, got {generator.num_classes}"
         )
 
 
-def _settings(recipe: Recipe, data: ImageData, out: Path) -> None:
+def _settings(recipe: Recipe, data: ImageData, scorer: Scorer | None, out: Path) -> None:
     """Write settings.json, or check that the run in `out` has the same."""
     decides = {
         "name": recipe.name,
         "generator": Generator(**recipe.generator).config,
         "discriminator": Discriminator(**recipe.discriminator).config,
         "train": asdict(recipe.train) | {"augment": list(recipe.train.augment)},
+        "features": None
+        if scorer is None
+        else {"name": scorer.net.name, "sha256": weights_sha256(scorer.net)},
         "data": {"images": len(data), "class_names": data.class_names, "sha256": fingerprint(data)},
     }
     path = out / "settings.json"
     if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            before = None
+        if not isinstance(before, dict):
+            raise ValueError(
+                f"{path}: must be the settings of a run, got a damaged file; choose another folder"
+            )
         for table, values in decides.items():
             if before.get(table) != values:
                 raise ValueError(
@@ -272,6 +317,10 @@ def _settings(recipe: Recipe, data: ImageData, out: Path) -> None:
                     "choose another folder"
                 )
         return
+    if (out / "checkpoint.pt").exists():
+        raise ValueError(
+            f"train: {path} must be there beside checkpoint.pt, got nothing; choose another folder"
+        )
     machine = {
         "sagan_kernels": sagan_kernels.__version__, "torch": torch.__version__, "python": platform.python_version(),
         "threads": torch.get_num_threads(), "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -294,12 +343,12 @@ def _forget_after(metrics: Path, step: int) -> None:
     if not metrics.is_file():
         return
     kept = []
-    for line in metrics.read_text(encoding="utf-8").splitlines():
+    for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-        except json.JSONDecodeError:  # the line a kill cut short
-            break
+        except (ValueError, KeyError, TypeError):  # the line a kill cut short, or no line of ours
+            continue
     write_atomically(metrics, lambda temporary: temporary.write_text("".join(kept), encoding="utf-8"))
 
 
@@ -316,7 +365,10 @@ def _score(run: Run, scorer: Scorer | None, out: Path) -> dict[str, float]:
             device=run.device,
         )
         scores = scorer.score(samples).to_dict()
-    if run.best is None or scores.get("fid", -math.inf) <= run.best.get("fid", math.inf):
+    latest = (
+        -math.inf if scorer is None else scores.get("fid", math.inf)
+    )  # a distance that is no number never wins
+    if run.best is None or latest <= run.best.get("fid", math.inf):
         run.best = {"step": run.step} | scores
         names = run.data.class_names if run.generator.num_classes else None
         for network in (sampler, run.discriminator):

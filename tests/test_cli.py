@@ -173,7 +173,7 @@ def test_an_unknown_command_is_one_line_and_code_2():
 
 @pytest.mark.parametrize("text", ["", "x", "1,,2", "1-", "-3", "6-4", "1.5", "1-2-3", "²", "1;2", "9" * 30])
 def test_a_seed_list_that_is_none_is_refused(text):
-    refused(2, "--seeds: must be numbers and rising ranges such as 1,4-6, got ", "sample", "sagan_32_tiny",
+    refused(2, "--seeds: must be numbers below 10**18 and rising ranges such as 1,4-6, got ", "sample", "sagan_32_tiny",
             f"--seeds={text}")  # fmt: skip
 
 
@@ -209,7 +209,12 @@ def test_a_folder_that_cannot_be_made_is_code_1(monkeypatch):
 
     monkeypatch.setattr("tempfile.mkstemp", refuse)
     refused(
-        1, "could not be written, Permission denied; nothing", "sample", "sagan_32_tiny", "--grid", "g.png"
+        1,
+        "could not be written, Permission denied; the old file",
+        "sample",
+        "sagan_32_tiny",
+        "--grid",
+        "g.png",
     )
 
 

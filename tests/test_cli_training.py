@@ -107,7 +107,7 @@ def test_skipping_broken_images_is_asked_for(folder):
         (1, "nowhere must be a folder or an .npz file", ["train", "tiny.toml", "--data", "nowhere"]),
         (1, "empty must hold images", ["train", "tiny.toml", "--data", "empty"]),
         (1, "text.npz: must be an .npz pack", ["train", "tiny.toml", "--data", "text.npz"]),
-        (1, "must be one of tiny-cnn", ["train", "tiny.toml", "--data", "pack.npz", "--features", "other"]),
+        (2, "must be one of tiny-cnn", ["train", "tiny.toml", "--data", "pack.npz", "--features", "other"]),
         (2, "did you mean 'lr_g'", ["train", "typo.toml", "--data", "pack.npz"]),
         (2, "must be a zoo entry or a model folder", ["evaluate", "nobody", "--data", "pack.npz"]),
         (2, "--out: must end in .safetensors", ["features", "x", "--data", "pack.npz", "--out", "x.bin"]),

@@ -35,7 +35,8 @@ def test_pack_splits_cover_every_image_once(tmp_path):
     test = load_images(tmp_path / "pack.npz", resolution=32, split="test")
     assert (len(train), len(test)) == (36, 4)
     assert train.class_names == ["a", "b", "c", "d"]
-    np.testing.assert_array_equal(test.images, images[9::10])
+    assert test.labels.tolist() == [0, 1, 2, 3]
+    np.testing.assert_array_equal(test.images, images[36:])
     together = {image.tobytes() for image in np.concatenate([train.images, test.images])}
     assert together == {image.tobytes() for image in images}
 
@@ -142,3 +143,70 @@ def test_cut_idx_file_is_refused(tmp_path):
     file.write_bytes(file.read_bytes()[:-5])
     with pytest.raises(ValueError, match="must be a whole IDX file"):
         load_images(tmp_path, resolution=32, channels=1)
+
+
+def test_interleaved_labels_keep_every_class_in_both_splits(tmp_path):
+    images = np.zeros((100, 32, 32, 1), np.uint8)
+    np.savez(tmp_path / "pack.npz", images=images, labels=np.arange(100) % 10)
+    for split, count in [("train", 9), ("test", 1)]:
+        data = load_images(tmp_path / "pack.npz", resolution=32, channels=1, split=split)
+        assert np.bincount(data.labels).tolist() == [count] * 10
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"labels": np.array(["a"] * 20)}, "labels must be one whole number for each of 20 images, got <U1"),
+        ({"labels": np.full(20, np.nan)}, "labels must be one whole number"),
+        ({"labels": np.arange(20) - 1}, "labels must be at least 0, got -1"),
+        ({"class_names": ["a", "a"]}, "class_names must differ, got a, a"),
+    ],
+)
+def test_wrong_labels_are_refused_in_one_line(tmp_path, arrays, message):
+    pack = {"images": np.zeros((20, 32, 32, 1), np.uint8), "labels": np.arange(20) % 2}
+    np.savez(tmp_path / "pack.npz", **pack | arrays)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_images(tmp_path / "pack.npz", resolution=32, channels=1)
+    assert "\n" not in str(caught.value)
+
+
+def test_bare_array_and_damaged_archives_are_refused(tmp_path):
+    np.save(tmp_path / "x.npy", np.zeros(3))
+    (tmp_path / "text.npz").write_text("hello")
+    for name in ("x.npy", "text.npz"):
+        with pytest.raises(
+            ValueError, match=r"must be an \.npz pack of plain arrays, got a file that is not$"
+        ):
+            load_images(tmp_path / name, resolution=32)
+
+
+def test_idx_label_count_must_be_the_image_count(tmp_path):
+    write_idx(tmp_path / "train-images-idx3-ubyte", np.zeros((4, 28, 28), np.uint8))
+    write_idx(tmp_path / "train-labels-idx1-ubyte", np.zeros(3, np.uint8))
+    with pytest.raises(ValueError, match="one whole number for each of 4 images"):
+        load_images(tmp_path, resolution=32, channels=1)
+
+
+def test_deep_transparent_and_turned_images_are_read_as_they_look(tmp_path):
+    for i in range(10):
+        write_image(tmp_path / "a" / f"{i}.png", (0, 0, 0), size=(32, 32))
+    Image.fromarray(np.full((32, 32), 32768, np.uint16)).save(tmp_path / "a" / "0.png")
+    Image.new("RGBA", (32, 32), (10, 20, 30, 0)).save(tmp_path / "a" / "1.png")
+    turned = Image.new("RGB", (32, 32))
+    turned.paste((255, 255, 255), (0, 0, 32, 16))  # the top half is white as stored
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    turned.save(tmp_path / "a" / "2.png", exif=exif)
+    images = load_images(tmp_path, resolution=32).images
+    assert (images[0] == 128).all()
+    assert (images[1] == 255).all()
+    assert (images[2, :16] == 0).all()
+    assert (images[2, 16:] == 255).all()
+
+
+def test_skipped_files_are_named(tmp_path, capsys):
+    for i in range(12):
+        write_image(tmp_path / "a" / f"{i}.png", (9, 9, 9))
+    (tmp_path / "a" / "3.png").write_bytes(b"broken")
+    load_images(tmp_path, resolution=32, broken="skip")
+    assert capsys.readouterr().err == "data: skipped 1 broken of 12 images: a/3.png\n"

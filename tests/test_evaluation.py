@@ -7,6 +7,8 @@ import torch
 from sagan_kernels.data import ImageData
 from sagan_kernels.evaluation import (
     Scorer,
+    check_fit,
+    evaluate,
     generate,
     nearest_training_images,
     within_class_distance,
@@ -100,3 +102,47 @@ def test_nearest_training_image_is_found_with_its_distance():
     assert index.tolist() == [7, 31]
     expected = np.sqrt(np.square(shifted / 255 - train.images[[7, 31]] / 255).mean((1, 2, 3)))
     np.testing.assert_allclose(distance, expected, rtol=1e-3)
+
+
+def test_nearest_distance_is_looked_up_in_every_class():
+    rng = np.random.default_rng(0)
+    train = ImageData(rng.integers(0, 256, (40, 32, 32, 1), np.uint8), np.arange(40) // 20, ["near", "far"])
+    # 2,000 held-out images sorted by class: the first half are training images, the second are white
+    held_out = ImageData(
+        np.concatenate([train.images[np.arange(900) % 20], np.full((1100, 32, 32, 1), 255, np.uint8)]),
+        (np.arange(2000) >= 900).astype(np.int64),
+        train.class_names,
+    )
+    generator = Generator(32, 2, z_dim=4, base_channels=2, image_channels=1, attention_at=()).eval()
+    scorer = Scorer(FeatureNet("x-cnn", 1, 2, width=2).eval(), train, pairs_per_class=10)
+    result = evaluate(generator, scorer, train, held_out, num_images=20)
+    assert result["held_out"]["nearest_training_image"] > 0.3
+
+
+def test_truncation_reaches_both_latents_and_statistics(monkeypatch):
+    seen = []
+    monkeypatch.setattr("sagan_kernels.evaluation.standing_statistics", lambda g, **k: seen.append(k) or g)
+    monkeypatch.setattr(
+        "sagan_kernels.evaluation.generate", lambda *a, **k: seen.append(k["truncation"]) or noise(20, 2)
+    )
+    train = noise(20, 2)
+    generator = Generator(32, 2, z_dim=4, base_channels=2, image_channels=1, attention_at=()).eval()
+    scorer = Scorer(FeatureNet("x-cnn", 1, 2, width=2).eval(), train, pairs_per_class=10)
+    evaluate(generator, scorer, train, train, num_images=20, truncation=0.5)
+    assert seen == [{"truncation": 0.5}, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("names", "classes", "channels", "message"),
+    [
+        (["a", "b"], 3, 1, "feature network must be of 1 channels and 2 classes, got x-cnn with 1 and 3"),
+        (["a", "b"], 2, 3, "got x-cnn with 3 and 2"),
+        (["b", "a"], 2, 1, "class 0 of the data must be the generator's 'b', got 'a'"),
+    ],
+)
+def test_network_features_and_data_must_belong_together(names, classes, channels, message):
+    generator = Generator(32, 2, z_dim=4, base_channels=2, image_channels=1, attention_at=())
+    generator.class_names = names
+    data = ImageData(noise(4, 2).images, np.arange(4) % 2, ["a", "b"])
+    with pytest.raises(ValueError, match=message):
+        check_fit(generator, FeatureNet("x-cnn", channels, classes, width=2), data)

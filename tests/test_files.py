@@ -34,7 +34,7 @@ def test_write_makes_folders_and_replaces_the_old_file(tmp_path):
 def test_full_disk_leaves_the_old_file_whole_and_no_rest(tmp_path):
     path = tmp_path / "b.txt"
     path.write_text("old")
-    with pytest.raises(OSError, match=r"b\.txt: could not be written, No space left on device; nothing was"):
+    with pytest.raises(OSError, match=r"b\.txt: could not be written, No space left on device; the old file"):
         write_atomically(path, full_disk("new text"))
     assert path.read_text() == "old"
     assert names(tmp_path) == ["b.txt"]

@@ -130,7 +130,7 @@ def test_r1_gradient_matches_finite_differences():
             {"resolution": 32, "attention_at": [4]},
             r"attention_at must be among its feature maps \[8, 16, 32\] at 32 px",
         ),
-        ({"resolution": 32, "base_channels": 0}, "base_channels must be at least 1, got 0"),
+        ({"resolution": 32, "base_channels": 0}, "base_channels must be a whole number from 1, got 0"),
         ({"resolution": 32, "widths": [1, 2]}, r"widths must be 4 positive numbers at 32 px, got \[1, 2\]"),
     ],
 )

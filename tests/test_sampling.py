@@ -98,7 +98,7 @@ def test_truncation_uses_statistics_that_fit_it():
     (sample,) = draw(generator, [3], label=1, truncation=0.4)
     z = latent(3, 1, 6, 0.4)
     assert z.abs().max() <= 0.4
-    standing = standing_statistics(generator, truncation=0.4, num_images=256)
+    standing = standing_statistics(generator, truncation=0.4)
     with torch.no_grad():
         fitting, other = (
             to_bytes(net(z[None], torch.tensor([1]))).astype(np.int16)[..., 0]

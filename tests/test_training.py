@@ -136,6 +136,7 @@ def test_best_is_the_lowest_distance_and_not_the_last(tmp_path):
     class Rising(Scorer):
         def __init__(self):
             self.calls = 0
+            self.net = FeatureNet("none-cnn", 1, 3, width=2)
 
         def score(self, data):
             self.calls += 1
@@ -201,7 +202,7 @@ def test_training_without_labels_runs(tmp_path):
 
 
 def test_diverged_run_says_so(tmp_path):
-    with pytest.raises(FloatingPointError, match="losses must be finite"):
+    with pytest.raises(FloatingPointError, match="losses and weights must be finite"):
         train(recipe(lr_d=1e30, lr_g=1e30), images(), tmp_path)
 
 

@@ -4,6 +4,8 @@ import difflib
 import inspect
 from typing import Any
 
+import torch
+
 from sagan_kernels import zoo
 from sagan_kernels.models.sagan import Discriminator, Generator
 
@@ -41,10 +43,12 @@ def create_model(
     if not pretrained:
         return cls(**(getattr(entry, part) | overrides))
     model = cls.from_pretrained(name)
-    for key, value in overrides.items():
-        if value != model.config[key]:
+    with torch.random.fork_rng(devices=[]):
+        meant = cls(**(model.config | overrides)).config if overrides else {}
+    for key in overrides:
+        if meant[key] != model.config[key]:
             raise ValueError(
-                f"create_model: {key} must be {model.config[key]!r} with {name}'s weights, got {value!r}; "
+                f"create_model: {key} must be {model.config[key]!r} with {name}'s weights, got {meant[key]!r}; "
                 "leave it out, or take pretrained=False"
             )
     return model

@@ -41,7 +41,7 @@ class InferenceGenerator(nn.Module):
 
     def __init__(self, generator: Generator, dtype: torch.dtype) -> None:
         super().__init__()
-        self.config, self.dtype = generator.config, dtype
+        self.config = generator.config
         self.resolution, self.num_classes, self.z_dim = (
             generator.resolution, generator.num_classes, generator.z_dim,
         )  # fmt: skip
@@ -71,8 +71,8 @@ class InferenceGenerator(nn.Module):
         if self.num_classes and label is None:
             raise ValueError(f"Generator: a label is needed, one of {self.num_classes} classes, got None")
         label = label if self.num_classes else None
-        x = F.linear(z.to(self.dtype), self.seed_weight, self.seed_bias)
-        x = x.view(len(z), 4, 4, -1).permute(0, 3, 1, 2)
+        x = F.linear(z.to(self.seed_weight.dtype), self.seed_weight, self.seed_bias)
+        x = x.view(len(z), 4, 4, self.seed_bias.numel() // 16).permute(0, 3, 1, 2)
         for block in self.blocks:
             x = block(x, label)
             side = str(x.shape[3])
@@ -97,13 +97,14 @@ class _Affine(nn.Module):
 
     def __init__(self, scale: Tensor, shift: Tensor, dtype: torch.dtype) -> None:
         super().__init__()
-        self.register_buffer("scale", scale.detach().to(dtype)[..., None, None])
-        self.register_buffer("shift", shift.detach().to(dtype)[..., None, None])
+        self.register_buffer("scale", scale.detach().to(dtype))
+        self.register_buffer("shift", shift.detach().to(dtype))
 
     def forward(self, x: Tensor, label: Tensor | None) -> Tensor:
-        if label is None:
-            return torch.addcmul(self.shift, x, self.scale)
-        return torch.addcmul(self.shift[label], x, self.scale[label])
+        scale, shift = self.scale, self.shift
+        if label is not None:
+            scale, shift = F.embedding(label, scale), F.embedding(label, shift)
+        return torch.addcmul(shift[..., None, None], x, scale[..., None, None])
 
 
 class _Convolution(nn.Module):

@@ -69,6 +69,9 @@ class Generator(Pretrained):
         widths: Iterable[int] | None = None,
     ) -> None:
         super().__init__()
+        _check("Generator", num_classes, image_channels, spectral_norm=spectral_norm, residual=residual)
+        if type(z_dim) is not int or z_dim < 1:
+            raise ValueError(f"Generator: z_dim must be a whole number from 1, got {z_dim!r}")
         factors, channels = _widths("Generator", GENERATOR_WIDTHS, resolution, base_channels, widths)
         sides = [8 << i for i in range(len(channels) - 1)]  # side after each block
         self.config = {
@@ -145,6 +148,7 @@ class Discriminator(Pretrained):
         widths: Iterable[int] | None = None,
     ) -> None:
         super().__init__()
+        _check("Discriminator", num_classes, image_channels, spectral_norm=spectral_norm, residual=residual)
         factors, channels = _widths("Discriminator", DISCRIMINATOR_WIDTHS, resolution, base_channels, widths)
         halvings = 2 if resolution == 32 else len(channels) - 1
         sides = [resolution >> min(i + 1, halvings) for i in range(len(channels))]
@@ -261,6 +265,16 @@ class PlainDownBlock(nn.Module):
         return F.leaky_relu(self.conv1(x), 0.2)
 
 
+def _check(where: str, num_classes: int, image_channels: int, **flags: bool) -> None:
+    if type(num_classes) is not int or num_classes < 0:
+        raise ValueError(f"{where}: num_classes must be a whole number from 0, got {num_classes!r}")
+    if image_channels not in (1, 3):
+        raise ValueError(f"{where}: image_channels must be 1 or 3, got {image_channels!r}")
+    for name, value in flags.items():
+        if type(value) is not bool:
+            raise ValueError(f"{where}: {name} must be true or false, got {value!r}")
+
+
 def _widths(
     where: str,
     table: dict[int, tuple[int, ...]],
@@ -269,11 +283,13 @@ def _widths(
     widths: Iterable[int] | None,
 ) -> tuple[list[int], list[int]]:
     """The widths in units of base_channels, and in channels."""
-    if resolution not in table:
-        raise ValueError(f"{where}: resolution must be one of {', '.join(map(str, table))}, got {resolution}")
-    if base_channels < 1:
-        raise ValueError(f"{where}: base_channels must be at least 1, got {base_channels}")
-    factors = list(table[resolution] if widths is None else widths)
+    if type(resolution) is not int or resolution not in table:
+        raise ValueError(
+            f"{where}: resolution must be one of {', '.join(map(str, table))}, got {resolution!r}"
+        )
+    if type(base_channels) is not int or base_channels < 1:
+        raise ValueError(f"{where}: base_channels must be a whole number from 1, got {base_channels!r}")
+    factors = _whole_numbers(where, "widths", table[resolution] if widths is None else widths)
     if len(factors) != len(table[resolution]) or min(factors) < 1:
         raise ValueError(
             f"{where}: widths must be {len(table[resolution])} positive numbers at {resolution} px, got {factors}"
@@ -282,13 +298,20 @@ def _widths(
 
 
 def _attention_sides(where: str, asked: Iterable[int] | None, resolution: int, sides: list[int]) -> list[int]:
-    chosen = sorted({resolution // 2} if asked is None else set(asked))
+    chosen = sorted(set(_whole_numbers(where, "attention_at", [resolution // 2] if asked is None else asked)))
     if missing := [side for side in chosen if side not in sides]:
         raise ValueError(
             f"{where}: attention_at must be among its feature maps {sorted(set(sides))} at {resolution} px, "
             f"got {missing[0]}"
         )
     return chosen
+
+
+def _whole_numbers(where: str, name: str, values: Iterable[int]) -> list[int]:
+    numbers = list(values) if isinstance(values, Iterable) else [None]
+    if any(type(number) is not int for number in numbers):
+        raise ValueError(f"{where}: {name} must be a list of whole numbers, got {values!r}")
+    return numbers
 
 
 def _initialize(model: nn.Module, normalize: bool) -> None:

@@ -8,6 +8,9 @@ from torch import Tensor, nn
 from sagan_kernels.models.sagan import Generator
 from sagan_kernels.nn import ConditionalBatchNorm2d
 
+STREAM = 2**40
+"""Added to the seed of standing statistics, so that they are not fitted on the latents that are then scored."""
+
 
 def standing_statistics(
     generator: Generator,
@@ -39,12 +42,12 @@ def standing_statistics(
             module.num_batches_tracked.zero_()  # type: ignore[union-attr]
             module.momentum = None  # cumulative average
             module.train()  # only these: a training forward would advance the power iterations too
-    random = torch.Generator().manual_seed(seed)
-    device = generator.linear.bias.device
-    z = truncated_normal((num_images, generator.z_dim), truncation, random).to(device)
-    label = torch.randint(max(generator.num_classes, 1), (num_images,), generator=random).to(device)
+    random = torch.Generator().manual_seed(seed + STREAM)
+    bias = generator.linear.bias
+    z = truncated_normal((num_images, generator.z_dim), truncation, random).to(bias.device, bias.dtype)
+    label = torch.randint(max(generator.num_classes, 1), (num_images,), generator=random).to(bias.device)
     with torch.no_grad():
-        for at in torch.arange(num_images, device=device).split(batch_size):
+        for at in torch.arange(num_images, device=bias.device).split(batch_size):
             generator(z[at], label[at] if generator.num_classes else None)
     for module in generator.modules():
         if isinstance(module, (ConditionalBatchNorm2d, nn.BatchNorm2d)):

@@ -25,7 +25,11 @@ def fold_spectral_norm(model: nn.Module) -> nn.Module:
     was_training = model.training
     model.eval()  # a training-mode read of the weight would advance u and v once more
     for module in list(model.modules()):
-        if parametrize.is_parametrized(module):
+        if parametrize.is_parametrized(module) and all(
+            isinstance(step, parametrizations._SpectralNorm)
+            for steps in module.parametrizations.values()  # type: ignore[operator]
+            for step in steps
+        ):
             # torch.nn.utils.parametrize.remove_parametrizations deletes the property from a class that deep copies
             # share, which breaks every other copy: give this module its own class back instead
             names = list(module.parametrizations)  # type: ignore[arg-type]
