@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 
+from sagan_kernels.augment import diff_augment
 from sagan_kernels.data import ImageData
-from sagan_kernels.evaluation import Scorer
+from sagan_kernels.evaluation import Scorer, within_class_distance
 from sagan_kernels.features import FeatureNet
 from sagan_kernels.models import Discriminator, Generator
 from sagan_kernels.recipe import Recipe, TrainConfig
-from sagan_kernels.training import Run, train
+from sagan_kernels.training import Run, _seed, train
 
 NETWORK = {"resolution": 32, "num_classes": 3, "base_channels": 8, "image_channels": 1, "attention_at": [16]}
 GENERATOR = NETWORK | {"z_dim": 8, "widths": [2, 2, 1, 1]}
@@ -152,6 +153,150 @@ def test_folder_of_another_run_is_refused(tmp_path):
         train(recipe(total_kimg=0.006, lr_d=1e-3), images(), tmp_path)
     with pytest.raises(ValueError, match=r"another \[data\]"):
         train(recipe(total_kimg=0.006), images(33), tmp_path)
+
+
+def by_hand(run, random):
+    """One training step written out: what `Run.advance` must do to both networks, as gradients."""
+    config, generator, critic = run.config, run.generator, run.discriminator
+    real, label = run._batch(0)
+    z = torch.randn(6, 8, generator=random)
+    fake_label = torch.randint(3, (6,), generator=random)
+    fake = generator(z, fake_label).detach()
+    both = diff_augment(torch.cat([real, fake]), config.augment, random)
+    logits = critic(both, torch.cat([label, fake_label]))
+    loss = torch.relu(1 - logits[:6]).mean() + torch.relu(1 + logits[6:]).mean()
+    x = diff_augment(real, config.augment, random).requires_grad_()
+    (slope,) = torch.autograd.grad(critic(x, label).sum(), x, create_graph=True)
+    loss = loss + config.r1_gamma / 2 * config.r1_every * slope.square().sum((1, 2, 3)).mean()
+    of_critic = torch.autograd.grad(loss, list(critic.parameters()))
+    with torch.no_grad():  # Adam's first step with these moments: a step of lr against the sign
+        for p, g in zip(critic.parameters(), of_critic, strict=True):
+            p -= config.lr_d * g / (g.abs() + 1e-8)
+    z = torch.randn(6, 8, generator=random)
+    label = torch.randint(3, (6,), generator=random)[:3].repeat(2)
+    fake = generator(z, label)
+    loss = -critic(diff_augment(fake, config.augment, random), label).mean()
+    apart = (fake[:3] - fake[3:]).abs().mean((1, 2, 3))
+    distance = within_class_distance(run.data.images, run.data.labels, 400)  # on a scale where 255 is 1
+    target = torch.tensor([2 * distance[k] for k in label[:3]], dtype=torch.float32)
+    loss = loss + config.diversity * torch.relu(1 - apart / target).mean()
+    of_generator = torch.autograd.grad(loss, list(generator.parameters()))
+    with torch.no_grad():
+        for p, g in zip(generator.parameters(), of_generator, strict=True):
+            p -= config.lr_g * g / (g.abs() + 1e-8)
+    return of_critic, of_generator
+
+
+def test_a_step_is_the_one_written_out_by_hand():
+    theirs, ours = (Run(recipe(diversity=7.0, r1_gamma=3.0), images()) for _ in range(2))
+    gradients = by_hand(theirs, torch.Generator().manual_seed(_seed(0, 0)))
+    ours.advance()
+    networks = (ours.discriminator, ours.generator)
+    for network, expected in zip(networks, gradients, strict=True):
+        for (name, p), g in zip(network.named_parameters(), expected, strict=True):
+            scale = g.abs().max().item() + 1e-6
+            torch.testing.assert_close(
+                p.grad, g, rtol=0, atol=2e-3 * scale, msg=lambda m, n=name: f"{n}: {m}"
+            )
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_precision_is_that_of_the_convolutions(precision):
+    run, seen = Run(recipe(precision=precision), images()), set()
+    for network in (run.generator, run.discriminator):
+        network.blocks[0].register_forward_hook(lambda m, i, output: seen.add(output.dtype))
+    run._generator_step(*[torch.Generator().manual_seed(0)] * 2)
+    assert seen == {torch.bfloat16 if precision == "bf16" else torch.float32}
+
+
+def test_sampler_is_the_average_and_not_the_generator():
+    run = Run(recipe(), images())
+    run.step = 100
+    for _ in range(2):
+        run.advance()
+    expected = dict(run.ema.named_parameters())
+    for name, parameter in run.sampler().named_parameters():
+        assert torch.equal(parameter, expected[name])
+    assert not torch.equal(run.ema.linear.weight, run.generator.linear.weight)
+
+
+def test_average_has_a_short_memory_at_first():
+    run = Run(recipe(ema_decay=0.9999), images())
+    before = [p.clone() for p in run.ema.parameters()]
+    run.advance()  # at step 0 the decay is 1/10
+    for old, new, trained in zip(before, run.ema.parameters(), run.generator.parameters(), strict=True):
+        torch.testing.assert_close(new, old + 0.9 * (trained - old))
+
+
+def test_class_of_equal_images_trains():
+    data = images()
+    data.images[data.labels == 1] = 77
+    run = Run(recipe(), data)
+    for _ in range(3):
+        assert all(np.isfinite(list(run.advance().values())))
+    assert run.is_finite()
+
+
+def test_class_without_a_training_image_is_refused():
+    data = images()
+    with pytest.raises(ValueError, match="every class must have a training image, got none of 'four'"):
+        Run(recipe(), ImageData(data.images, data.labels, [*data.class_names, "four"]))
+
+
+def test_penalty_is_told_on_every_line_and_survives_a_resumption(tmp_path):
+    train(recipe(r1_every=4), images(), tmp_path)
+    lines = metrics(tmp_path)
+    assert all("r1" in line for line in lines)
+    assert len({line["r1"] for line in lines}) == 2  # steps 0 and 4
+
+
+def test_diverged_weights_are_never_saved(tmp_path):
+    with pytest.raises(FloatingPointError, match="start again in another folder"):
+        train(recipe(lr_d=1e30, lr_g=1e30, checkpoint_every=1), images(), tmp_path)
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
+def test_another_feature_network_is_another_run(tmp_path):
+    data = images()
+    nets = [FeatureNet("tiny-cnn", 1, 3, width=4).eval() for _ in range(2)]
+    short = recipe(total_kimg=0.006)
+    train(short, data, tmp_path, scorer=Scorer(nets[0], data, pairs_per_class=10))
+    with pytest.raises(ValueError, match=r"another \[features\], got sha256"):
+        train(short, data, tmp_path, scorer=Scorer(nets[1], data, pairs_per_class=10))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "checkpoint.pt",
+            b"PK\x03\x04 cut",
+            r"checkpoint\.pt: must be a checkpoint of this run, got a damaged file",
+        ),
+        ("settings.json", b"", r"settings\.json: must be the settings of a run, got a damaged file"),
+        ("settings.json", b"[]", r"settings\.json: must be the settings of a run, got a damaged file"),
+        ("settings.json", None, r"settings\.json must be there beside checkpoint\.pt, got nothing"),
+    ],
+)
+def test_damaged_run_folder_is_named(tmp_path, name, content, message):
+    train(recipe(total_kimg=0.006), images(), tmp_path)
+    (tmp_path / name).unlink()
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        train(recipe(total_kimg=0.006), images(), tmp_path)
+
+
+def test_foreign_lines_and_leftovers_are_swept_when_a_run_goes_on(tmp_path):
+    train(recipe(), images(), tmp_path)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    (tmp_path / "metrics.jsonl").write_bytes(before + b'5\n{"loss": 1}\n\xff\xfe\n{"step": 6, "lo')
+    (tmp_path / ".checkpoint.pt.abcd_123.pt").write_bytes(b"half")
+    (tmp_path / ".keep").write_bytes(b"mine")
+    train(recipe(), images(), tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    assert not list(tmp_path.glob(".checkpoint*"))
+    assert (tmp_path / ".keep").exists()
 
 
 def test_average_follows_the_generator_and_copies_its_statistics():
