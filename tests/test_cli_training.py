@@ -119,3 +119,16 @@ def test_wrong_input_is_one_line(folder, code, message, args):
     (folder / "text.npz").write_text("no pack")
     (folder / "typo.toml").write_text(RECIPE + "lr_gg = 1\n")
     refused(code, message, *args)
+
+
+def test_failure_in_mid_training_is_a_line_of_its_own(folder):
+    (folder / "wild.toml").write_text(RECIPE + "lr_g = 1e30\nlr_d = 1e30\n")
+    refused(1, "start again in another folder", "train", "wild.toml", "--data", "pack.npz")
+
+
+def test_data_of_other_classes_is_not_scored(folder):
+    assert sagan("train", "tiny.toml", "--data", "pack.npz").exit_code == 0
+    images = np.zeros((60, 32, 32, 1), np.uint8)
+    np.savez("other.npz", images=images, labels=np.arange(60) % 2, class_names=["odd", "even"])
+    refused(1, "class 0 of the data must be the generator's 'even', got 'odd'",
+            "evaluate", "runs/tiny/best", "--data", "other.npz", "--features", "tiny-cnn")  # fmt: skip

@@ -234,3 +234,26 @@ def test_a_disk_that_fills_up_leaves_the_old_model_loadable(folder, generator, m
     monkeypatch.undo()
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
     Generator.from_pretrained(folder)
+
+
+def test_folder_with_other_class_names_is_left_as_it_is(tmp_path):
+    first = Generator(32, 3, z_dim=4, base_channels=2, attention_at=())
+    first.save_pretrained(tmp_path, ["a", "b", "c"])
+    before = (tmp_path / "config.json").read_bytes()
+    with pytest.raises(ValueError, match="class_names must be 2 names, got 3"):
+        Generator(32, 2, z_dim=4, base_channels=2, attention_at=()).save_pretrained(tmp_path)
+    assert (tmp_path / "config.json").read_bytes() == before
+
+
+def test_whole_number_storage_is_refused(tmp_path):
+    model = Generator(32, 0, z_dim=4, base_channels=2, attention_at=())
+    with pytest.raises(ValueError, match=r"got torch\.int8"):
+        model.save_pretrained(tmp_path, dtype=torch.int8)
+
+
+def test_run_folder_is_pointed_to_its_best_networks(tmp_path):
+    Generator(32, 0, z_dim=4, base_channels=2, attention_at=()).save_pretrained(tmp_path / "best")
+    with pytest.raises(ValueError, match=r"got a run folder; give .*best"):
+        Generator.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="got an empty name"):
+        Generator.from_pretrained("")

@@ -115,3 +115,19 @@ def test_inference_form_refuses_to_train_and_asks_for_labels():
     with pytest.raises(ValueError, match="a label is needed, one of 3 classes"):
         fast(torch.zeros(1, 6))
     assert not any(p.requires_grad for p in fast.parameters())
+
+
+def test_edge_inputs_behave_as_the_training_form_does():
+    g = generator({})
+    fast = inference_generator(g)
+    assert fast(torch.zeros(0, 6), torch.zeros(0, dtype=torch.long)).shape == (0, 3, 32, 32)
+    for label in (-1, 3):
+        with pytest.raises(IndexError):
+            fast(torch.zeros(1, 6), torch.tensor([label]))
+
+
+def test_inference_form_may_change_its_precision_afterwards():
+    g, z = generator({}), torch.randn(3, 6)
+    expected = inference_generator(g)(z, labels(g, 3))
+    double = inference_generator(g).double()(z, labels(g, 3))
+    torch.testing.assert_close(double, expected, rtol=0, atol=1e-5)

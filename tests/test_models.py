@@ -131,6 +131,17 @@ def test_r1_gradient_matches_finite_differences():
             r"attention_at must be among its feature maps \[8, 16, 32\] at 32 px",
         ),
         ({"resolution": 32, "base_channels": 0}, "base_channels must be a whole number from 1, got 0"),
+        ({"resolution": 32, "base_channels": 8.5}, "base_channels must be a whole number from 1, got 8.5"),
+        ({"resolution": "32"}, "resolution must be one of 32, 64, 128, 256, got '32'"),
+        ({"resolution": 32, "attention_at": 16}, "attention_at must be a list of whole numbers, got 16"),
+        (
+            {"resolution": 32, "attention_at": [16.0]},
+            r"attention_at must be a list of whole numbers, got \[16.0\]",
+        ),
+        ({"resolution": 32, "z_dim": -4}, "z_dim must be a whole number from 1, got -4"),
+        ({"resolution": 32, "num_classes": -3}, "num_classes must be a whole number from 0, got -3"),
+        ({"resolution": 32, "image_channels": 2}, "image_channels must be 1 or 3, got 2"),
+        ({"resolution": 32, "spectral_norm": "no"}, "spectral_norm must be true or false, got 'no'"),
         ({"resolution": 32, "widths": [1, 2]}, r"widths must be 4 positive numbers at 32 px, got \[1, 2\]"),
     ],
 )

@@ -168,3 +168,9 @@ def test_grid_refuses_texts_that_do_not_fit():
         grid(images, 2, titles=["a", "b"])
     with pytest.raises(ValueError, match="must have images and columns, got 0 images"):
         grid([], 2)
+
+
+def test_seeds_may_come_from_anything_and_labels_from_numpy():
+    generator = Generator(32, 3, z_dim=4, base_channels=2, attention_at=()).eval()
+    drawn = list(draw(generator, iter([3, 5]), label=np.int64(2)))
+    assert [(s.seed, s.label) for s in drawn] == [(3, 2), (5, 2)]

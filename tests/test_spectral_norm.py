@@ -54,3 +54,9 @@ def test_folding_does_not_advance_the_power_iteration():
     assert torch.equal(layer.parametrizations.weight[0]._u, u)
     torch.testing.assert_close(folded.weight, expected)
     assert folded.training
+
+
+def test_other_parametrizations_are_left_alone():
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(3, 3))
+    fold_spectral_norm(layer)
+    assert "parametrizations.weight.original0" in layer.state_dict()

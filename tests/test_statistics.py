@@ -56,3 +56,16 @@ def test_statistics_average_over_batches_of_any_size():
     torch.testing.assert_close(
         one.blocks[0].norm1.running_mean, many.blocks[0].norm1.running_mean, atol=1e-5, rtol=1e-4
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_statistics_are_made_in_the_precision_of_the_generator(dtype):
+    generator = Generator(32, 2, z_dim=6, base_channels=2, attention_at=()).to(dtype)
+    standing = standing_statistics(generator, truncation=0.5, num_images=16)
+    assert standing.norm.running_mean.dtype == dtype
+    assert standing.norm.running_mean.isfinite().all()
+
+
+def test_statistics_are_not_fitted_on_the_latents_of_the_same_seed():
+    drawn = [torch.randn(4, generator=torch.Generator().manual_seed(seed)) for seed in (0, STREAM)]
+    assert not torch.equal(*drawn)

@@ -188,16 +188,15 @@ def by_hand(run, random):
 
 
 def test_a_step_is_the_one_written_out_by_hand():
-    theirs, ours = (Run(recipe(diversity=7.0, r1_gamma=3.0), images()) for _ in range(2))
+    theirs, ours = (Run(recipe(diversity=7.0, r1_gamma=3.0, r1_every=5), images()) for _ in range(2))
     gradients = by_hand(theirs, torch.Generator().manual_seed(_seed(0, 0)))
     ours.advance()
     networks = (ours.discriminator, ours.generator)
     for network, expected in zip(networks, gradients, strict=True):
         for (name, p), g in zip(network.named_parameters(), expected, strict=True):
-            scale = g.abs().max().item() + 1e-6
-            torch.testing.assert_close(
-                p.grad, g, rtol=0, atol=2e-3 * scale, msg=lambda m, n=name: f"{n}: {m}"
-            )
+            # a bias that batch norm takes away again has a gradient of rounding errors only, about 3e-7
+            atol = 2e-3 * g.abs().max().item() + 2e-6
+            torch.testing.assert_close(p.grad, g, rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from sagan_kernels.models.sagan import Generator
 from sagan_kernels.nn import ConditionalBatchNorm2d
 
-STREAM = 2**40
+STREAM = 2**31  # torch seeds its CPU generator with the low 32 bits
 """Added to the seed of standing statistics, so that they are not fitted on the latents that are then scored."""
 
 
