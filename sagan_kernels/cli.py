@@ -2,13 +2,8 @@
 
 import difflib
 import json
-import os
 import re
-import sys
 import time
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +18,7 @@ from sagan_kernels.evaluation import Scorer
 from sagan_kernels.features import FeatureNet, load_feature_net, save_feature_net, train_feature_net
 from sagan_kernels.files import write_atomically
 from sagan_kernels.models import Generator
+from sagan_kernels.one_line_errors import OneLineErrors, usage
 from sagan_kernels.ops import choose
 from sagan_kernels.recipe import load_recipe
 
@@ -36,42 +32,6 @@ BROKEN = click.option(
     help="What to do with an image that cannot be decoded.",
 )
 DATA_HELP = "Folder of images, .npz pack, or folder of Fashion-MNIST's IDX files."
-EXPECTED = (ArithmeticError, ImportError, NotImplementedError, OSError, TypeError, ValueError)
-"""Errors that this package raises with a message made for users."""
-
-
-class OneLineErrors(click.Group):
-    """Ends every failure of every command with one line on stderr.
-
-    Exit code 2 for usage, 130 for an interrupt, 1 for any other; SAGAN_TRACEBACK=1 adds the traceback.
-    """
-
-    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
-        """Run, and turn what is raised into an exit code."""
-        try:
-            result = super().main(*args, standalone_mode=False, **extra)  # type: ignore[call-overload]
-        except Exception as error:
-            if not standalone_mode:
-                raise
-            if isinstance(error, click.exceptions.NoArgsIsHelpError):
-                error.show()
-                sys.exit(error.exit_code)
-            if os.environ.get("SAGAN_TRACEBACK"):
-                traceback.print_exc()
-            click.echo(f"sagan: {_one_line(error)}", err=True)
-            sys.exit(_exit_code(error))
-        if standalone_mode:
-            sys.exit(result if isinstance(result, int) else 0)  # an int: the code of click's own --help
-        return result
-
-
-@contextmanager
-def usage() -> Iterator[None]:
-    """Inside, a wrong value or a missing file is the user's slip: exit code 2."""
-    try:
-        yield
-    except (ValueError, FileNotFoundError) as error:
-        raise click.UsageError(str(error)) from error
 
 
 @click.group(cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"]})
@@ -211,6 +171,7 @@ def train(
     )
     scorer = None
     if net is not None:
+        evaluation.check_fit(network, net, images)
         scorer = Scorer(net, images, conditional=bool(network.num_classes))
     best = run(loaded, images, out, scorer=scorer, device=device)
     click.echo(f"best: {_told(best)}")
@@ -387,9 +348,8 @@ def _device(name: str | None) -> str:
     try:
         torch.empty(1, device=name).cpu()
     except (AssertionError, NotImplementedError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
         raise click.UsageError(
-            f"--device: must be one that PyTorch has here, got {name!r} ({reason})"
+            f"--device: must be one that PyTorch has here, such as cpu, got {name!r}; leave it out to choose"
         ) from error
     return name
 
@@ -402,23 +362,3 @@ def _told(scores: dict[str, Any]) -> str:
 
 def _save(image: Image.Image, path: Path) -> None:
     write_atomically(path, lambda temporary: image.save(temporary, "PNG"))
-
-
-def _exit_code(error: Exception) -> int:
-    if isinstance(error, click.exceptions.Abort):  # what click makes of an interrupt
-        return 130
-    return error.exit_code if isinstance(error, click.ClickException) else 1
-
-
-def _one_line(error: Exception) -> str:
-    if isinstance(error, click.exceptions.Abort):
-        return "interrupted"
-    if isinstance(error, click.ClickException):
-        text = error.format_message()
-    elif isinstance(error, OSError) and error.strerror:
-        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    else:
-        text = str(error)
-        if not isinstance(error, EXPECTED):
-            text = f"{type(error).__name__}: {text}; SAGAN_TRACEBACK=1 shows where"
-    return " ".join(text.split()) or type(error).__name__

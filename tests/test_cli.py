@@ -13,8 +13,9 @@ from click.testing import CliRunner
 from PIL import Image
 
 from sagan_kernels import zoo
-from sagan_kernels.cli import OneLineErrors, cli, parse_seeds
+from sagan_kernels.cli import cli, parse_seeds
 from sagan_kernels.models import Generator
+from sagan_kernels.one_line_errors import OneLineErrors
 
 ROOT = Path(__file__).parent.parent
 NAMES = ["T-shirt/top", "Bag", "Ankle boot"]
@@ -278,3 +279,9 @@ def test_the_installed_form_of_the_command_gives_its_exit_code():
         "sagan: from_pretrained: must be a zoo entry or a model folder, got 'no_such_"
     )
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("device", ["meta", "nonsense"])
+def test_a_device_that_cannot_run_is_a_usage_error(device):
+    refused(2, f"--device: must be one that PyTorch has here, such as cpu, got {device!r}", "sample",
+            "sagan_32_tiny", "--device", device)  # fmt: skip

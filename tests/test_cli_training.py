@@ -132,3 +132,10 @@ def test_data_of_other_classes_is_not_scored(folder):
     np.savez("other.npz", images=images, labels=np.arange(60) % 2, class_names=["odd", "even"])
     refused(1, "class 0 of the data must be the generator's 'even', got 'odd'",
             "evaluate", "runs/tiny/best", "--data", "other.npz", "--features", "tiny-cnn")  # fmt: skip
+
+
+def test_feature_network_of_other_classes_does_not_score_a_training(folder):
+    save_feature_net(FeatureNet("five-cnn", 1, 5, width=2), "five.safetensors")
+    refused(1, "the feature network must be of 1 channels and 2 classes, got five-cnn with 1 and 5",
+            "train", "tiny.toml", "--data", "pack.npz", "--features", "five.safetensors")  # fmt: skip
+    assert not (folder / "runs").exists()
