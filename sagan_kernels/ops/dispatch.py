@@ -1,8 +1,11 @@
 """One word chooses an implementation: `impl`, overridden by the environment variable SAGAN_KERNELS_IMPL."""
 
 import os
+from functools import cache
+from importlib.util import find_spec
 from typing import Literal, cast, get_args
 
+import torch
 from torch import Tensor
 
 Impl = Literal["triton", "torch", "reference"]
@@ -20,7 +23,8 @@ def choose(impl: Impl | None, tensor: Tensor) -> Impl:
     """
     asked = os.environ.get("SAGAN_KERNELS_IMPL") or impl
     if asked is None:
-        return "torch" if not_supported_reasons("triton", tensor) else "triton"
+        # the interpreter is for tests: never chosen, only asked for
+        return "triton" if tensor.is_cuda and not not_supported_reasons("triton", tensor) else "torch"
     if asked not in get_args(Impl):
         where = "SAGAN_KERNELS_IMPL" if os.environ.get("SAGAN_KERNELS_IMPL") else "impl"
         raise ValueError(f"{where}: must be one of {', '.join(get_args(Impl))}, got {asked!r}")
@@ -34,6 +38,39 @@ def choose(impl: Impl | None, tensor: Tensor) -> Impl:
 
 def not_supported_reasons(impl: Impl, tensor: Tensor) -> list[str]:
     """Why `impl` cannot run on `tensor`; empty when it can."""
-    if impl == "triton":
-        return ["this version of sagan_kernels ships no Triton kernel yet"]
-    return []
+    if impl != "triton":
+        return []
+    if not _installed():
+        return ["the package triton is not installed"]
+    if tensor.is_cuda:
+        return _gpu_reasons(tensor)
+    if not interpreted():
+        return [f"Triton kernels run on GPUs, and the tensor is on {tensor.device.type}"]
+    if tensor.device.type != "cpu":
+        return [f"Triton's interpreter runs on the CPU, and the tensor is on {tensor.device.type}"]
+    if tensor.dtype == torch.bfloat16:
+        return ["Triton's interpreter computes bfloat16 wrongly"]
+    return _dtype_reasons(tensor, (torch.float16, torch.float32, torch.float64))
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run in its Python interpreter, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def _gpu_reasons(tensor: Tensor) -> list[str]:
+    if not torch.version.hip and (found := torch.cuda.get_device_capability(tensor.device)) < (8, 0):
+        return [f"the kernels need compute capability 8.0, and {tensor.device} has {found[0]}.{found[1]}"]
+    return _dtype_reasons(tensor, (torch.float16, torch.bfloat16, torch.float32))
+
+
+def _dtype_reasons(tensor: Tensor, supported: tuple[torch.dtype, ...]) -> list[str]:
+    if tensor.dtype in supported:
+        return []
+    names = ", ".join(str(dtype).removeprefix("torch.") for dtype in supported)
+    return [f"the kernels take {names}, and the tensor is {str(tensor.dtype).removeprefix('torch.')}"]
+
+
+@cache
+def _installed() -> bool:
+    return find_spec("triton") is not None

@@ -1,0 +1,194 @@
+"""Launches of the attention kernels: outputs, strides, tile sizes and grids. No checks, no gradients.
+
+Values wider than a kernel holds are cut into parts. Attention is linear in them, so the parts of out are independent
+and the gradients of query and key are sums over the parts.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sagan_kernels.ops import configs
+
+
+def forward(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Out (B, L, Ev) and lse (B, L), the base-2 log-sum-exp of the scores."""
+    from sagan_kernels.kernels.attention_forward import attention_forward_kernel
+
+    out = empty_like_rows(query, value)
+    lse = query.new_empty(query.shape[:2], dtype=_sum_dtype(query))
+    for part in _value_parts("forward", query, value):
+        tensors = (query, key, value[..., part], out[..., part])
+        pointers = (*tensors, lse)
+        _launch(attention_forward_kernel, "forward", pointers, tensors, "rows")
+    return out, lse
+
+
+def over_queries(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Out (B, L, Ev) = Pᵀ value, where P (B, S, L) = softmax(key queryᵀ)."""
+    from sagan_kernels.kernels.attention_forward import attention_lse_kernel, attention_over_queries_kernel
+
+    lse = key.new_empty(key.shape[:2], dtype=_sum_dtype(key))
+    _launch(attention_lse_kernel, "lse", (key, query, lse), (key, query), "rows")
+    out = empty_like_rows(query, value)
+    for part in _value_parts("over_queries", query, value):
+        tensors = (query, key, value[..., part], out[..., part])
+        _launch(
+            attention_over_queries_kernel, "over_queries", (*tensors[:3], lse, tensors[3]), tensors, "rows"
+        )
+    return out
+
+
+def backward(
+    query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, grad: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of <out, grad> for query, key and value."""
+    from sagan_kernels.kernels.attention_backward import (
+        attention_backward_column_kernel,
+        attention_backward_row_kernel,
+    )
+
+    delta = torch.empty_like(lse)
+    grad_value = torch.empty_like(value)
+    sums_query, sums_key = [], []
+    for part in _value_parts("column", query, value):
+        q, k, v, o, g = query, key, value[..., part], out[..., part], grad[..., part]
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), grad_value[..., part]
+        _launch(
+            attention_backward_row_kernel, "row", (q, k, v, o, lse, g, dq, delta), (q, k, v, o, g, dq), "rows"
+        )
+        _launch(
+            attention_backward_column_kernel, "column", (q, k, v, lse, delta, g, dk, dv), (q, k, v, g, dk, dv), "cols"
+        )  # fmt: skip
+        sums_query.append(dq)
+        sums_key.append(dk)
+    return _sum(sums_query), _sum(sums_key), grad_value
+
+
+def double_backward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    grad: Tensor,
+    grad_query: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of <grad_query, a> + <grad_key, b> + <grad_value, c> for query, key, value and grad."""
+    from sagan_kernels.kernels.attention_double_backward import (
+        attention_double_backward_column_kernel,
+        attention_double_backward_row_kernel,
+    )
+
+    delta, r, x_sum = torch.empty_like(lse), torch.empty_like(lse), torch.empty_like(lse)
+    value2, grad2 = torch.empty_like(value), empty_like_rows(query, value)
+    sums_query, sums_key = [], []
+    for part in _value_parts("double_column", query, value):
+        q, k, v, o, g, c_part = query, key, value[..., part], out[..., part], grad[..., part], c[..., part]
+        q2, k2, v2, g2 = torch.empty_like(q), torch.empty_like(k), value2[..., part], grad2[..., part]
+        # r · grad_query is counted once: grad_query is the sum over the parts
+        dq = torch.zeros_like(grad_query) if sums_query else grad_query
+        _launch(
+            attention_double_backward_row_kernel,
+            "double_row",
+            (q, k, v, o, lse, g, dq, a, b, c_part, q2, g2, delta, r, x_sum),
+            (q, k, v, o, g, dq, a, b, c_part, q2, g2),
+            "rows",
+        )
+        _launch(
+            attention_double_backward_column_kernel,
+            "double_column",
+            (q, k, v, lse, delta, r, x_sum, g, a, b, c_part, k2, v2),
+            (q, k, v, g, a, b, c_part, k2, v2),
+            "cols",
+        )
+        sums_query.append(q2)
+        sums_key.append(k2)
+    return _sum(sums_query), _sum(sums_key), value2, grad2
+
+
+def tangent(
+    query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, a: Tensor, b: Tensor, c: Tensor
+) -> Tensor:
+    """The derivative of out along a, b, c, the directions of query, key and value."""
+    from sagan_kernels.kernels.attention_double_backward import attention_tangent_kernel
+
+    result = empty_like_rows(query, value)
+    for part in _value_parts("tangent", query, value):
+        tensors = (query, key, value[..., part], out[..., part], a, b, c[..., part], result[..., part])
+        _launch(attention_tangent_kernel, "tangent", (*tensors[:4], lse, *tensors[4:]), tensors, "rows")
+    return result
+
+
+def empty_like_rows(query: Tensor, value: Tensor) -> Tensor:
+    """An uninitialized (B, L, Ev) that lies as `query` does: positions last for NCHW maps, channels last otherwise."""
+    (B, L, _), Ev = query.shape, value.shape[2]
+    positions_last = query.stride(1) == 1 and query.stride(2) != 1
+    return value.new_empty_strided((B, L, Ev), (L * Ev, 1, L) if positions_last else (L * Ev, Ev, 1))
+
+
+def _launch(
+    kernel: Any,
+    name: configs.Kernel,
+    pointers: tuple[Tensor, ...],
+    strided: tuple[Tensor, ...],
+    programs: str,
+) -> None:
+    """Run `kernel`; `strided` are the tensors whose three strides it takes, in its order, query and key first."""
+    query, key = strided[:2]
+    value = strided[2] if len(strided) > 2 else key
+    (B, L, E), (_, S, Ev) = query.shape, value.shape
+    tile = configs.tiling(name, E, Ev, query.element_size(), configs.architecture(query.device))
+    rows, block = (L, tile.block_l) if programs == "rows" else (S, tile.block_s)
+    widths: dict[str, Any] = {"E": E, "BLOCK_E": configs.width_block(E)}
+    if len(strided) > 2:
+        widths |= {"EV": Ev, "BLOCK_EV": configs.width_block(Ev)}
+    with _current(query.device):
+        kernel[B * -(-rows // block),](
+            *pointers,
+            L, S,
+            *(stride for tensor in strided for stride in tensor.stride()),
+            **widths,
+            BLOCK_L=tile.block_l, BLOCK_S=tile.block_s,
+            EVEN_L=L % tile.block_l == 0, EVEN_S=S % tile.block_s == 0,
+            WIDE=any(_reach(tensor) >= 2**31 for tensor in strided),
+            PRECISION=configs.precision(query), ACC=_triton_dtype(query),
+            num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
+
+
+def _value_parts(kernel: configs.Kernel, query: Tensor, value: Tensor) -> Iterator[slice]:
+    """Slices of the value columns, each as wide as one launch takes."""
+    Ev = value.shape[2]
+    width = configs.value_part(kernel, query.shape[2], Ev)
+    return (slice(start, min(start + width, Ev)) for start in range(0, Ev, width))
+
+
+def _sum(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.empty_like(parts[0]).copy_(torch.stack(parts).sum(0))
+
+
+def _reach(tensor: Tensor) -> int:
+    """The largest offset within one image, with the rows a last tile may point beyond."""
+    return (tensor.shape[1] + 256) * tensor.stride(1) + (tensor.shape[2] + 256) * tensor.stride(2)
+
+
+def _sum_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _triton_dtype(tensor: Tensor) -> Any:
+    import triton.language as tl
+
+    return tl.float64 if tensor.dtype == torch.float64 else tl.float32
+
+
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, whichever device the tensors are on."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
