@@ -9,20 +9,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """softmax(query keyᵀ) value, unscaled, normalized over key positions.
+def attention(query: Tensor, key: Tensor, value: Tensor, *, normalize: str = "keys") -> Tensor:
+    """softmax(query keyᵀ) value, unscaled.
 
     Args:
         query: (B, L, E).
         key: (B, S, E).
         value: (B, S, Ev).
+        normalize: "keys", the softmax runs over S, or "queries", over L.
 
     Returns:
         (B, L, Ev).
 
-    Source: SAGAN, arXiv:1805.08318, equations 1 and 2 (no 1/√E, unlike arXiv:1706.03762).
+    Source: SAGAN, arXiv:1805.08318, equations 1 and 2 (no 1/√E, unlike arXiv:1706.03762); "queries" is what
+    torchgan's released layer computes.
     """
-    return torch.softmax(query @ key.mT, dim=-1) @ value
+    return torch.softmax(query @ key.mT, dim=-1 if normalize == "keys" else -2) @ value
 
 
 def sagan_attention(
@@ -30,8 +32,15 @@ def sagan_attention(
     query_weight: Tensor,
     key_weight: Tensor,
     value_weight: Tensor,
-    out_weight: Tensor,
+    out_weight: Tensor | None,
     gamma: Tensor,
+    *,
+    query_bias: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    value_bias: Tensor | None = None,
+    out_bias: Tensor | None = None,
+    pool: bool = True,
+    normalize: str = "keys",
 ) -> Tensor:
     """X + gamma · out(attention(query(x), pool(key(x)), pool(value(x)))), all projections 1×1 convolutions.
 
@@ -40,20 +49,29 @@ def sagan_attention(
         query_weight: (E, C, 1, 1).
         key_weight: (E, C, 1, 1).
         value_weight: (Ev, C, 1, 1).
-        out_weight: (C, Ev, 1, 1).
+        out_weight: (C, Ev, 1, 1), or None for no out projection.
         gamma: one element.
+        query_bias: (E,) or None.
+        key_bias: (E,) or None.
+        value_bias: (Ev,) or None.
+        out_bias: (C,) or None.
+        pool: 2×2 max-pool of keys and values.
+        normalize: "keys" or "queries".
 
     Returns:
         (B, C, H, W).
 
     Source: the authors' released code (2×2 max-pooled keys and values, an out projection), as in BigGAN;
-    the paper's text has neither. H and W are halved by flooring, as `max_pool2d` does.
+    the paper's first version has neither. H and W are halved by flooring, as `max_pool2d` does.
     """
-    query = positions(F.conv2d(x, query_weight))
-    key = positions(F.max_pool2d(F.conv2d(x, key_weight), 2))
-    value = positions(F.max_pool2d(F.conv2d(x, value_weight), 2))
-    o = attention(query, key, value)
-    return x + gamma * F.conv2d(o.mT.unflatten(2, x.shape[2:]), out_weight)
+    query = F.conv2d(x, query_weight, query_bias)
+    key = F.conv2d(x, key_weight, key_bias)
+    value = F.conv2d(x, value_weight, value_bias)
+    if pool:
+        key, value = F.max_pool2d(key, 2), F.max_pool2d(value, 2)
+    o = attention(positions(query), positions(key), positions(value), normalize=normalize)
+    o = o.mT.unflatten(2, x.shape[2:])
+    return x + gamma * (o if out_weight is None else F.conv2d(o, out_weight, out_bias))
 
 
 def positions(x: Tensor) -> Tensor:

@@ -1,43 +1,54 @@
 """SAGAN self-attention as functions: the attention product, and the whole layer around it."""
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sagan_kernels import reference
+from sagan_kernels.ops import attention_tiles, configs
+from sagan_kernels.ops.attention_autograd import attention_and_lse, attention_over_queries
 from sagan_kernels.ops.dispatch import Impl, choose
+from sagan_kernels.ops.sagan_layer import project_pool, sagan_forward
+
+Positions = Literal["keys", "queries"]
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, *, impl: Impl | None = None) -> Tensor:
-    """softmax(query keyᵀ) value, unscaled, normalized over key positions.
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, *, normalize: Positions = "keys", impl: Impl | None = None
+) -> Tensor:
+    """softmax(query keyᵀ) value, unscaled, without storing the attention map.
 
     Args:
-        query: (B, L, E), any strides.
+        query: (B, L, E), any strides: NCHW and NHWC feature maps are read in place.
         key: (B, S, E).
         value: (B, S, Ev); Ev may differ from E.
-        impl: "torch", "reference", or None to choose.
+        normalize: the positions over which the weights sum to 1. "keys" is SAGAN's; with "queries" the softmax runs
+            over L, as in torchgan: softmax(key queryᵀ)ᵀ value.
+        impl: "triton", "torch", "reference", or None to choose by device.
 
     Returns:
-        (B, L, Ev) in the dtype of `value`.
+        (B, L, Ev), in the dtype of the inputs, or autocast's. Sums are kept in float32, or float64 for float64.
 
     Raises:
-        ValueError: the shapes do not fit together.
+        TypeError: a tensor is not floating-point, or is a DTensor.
+        ValueError: shapes, dtypes or devices do not fit together, or `normalize` is no such word.
+        NotImplementedError: `impl` cannot run here; on the third derivative.
 
-    Gradients: of every order, so gradient penalties (R1, WGAN-GP) work. Where a gradient is wanted the (B, L, S)
-    map is stored; without one (`torch.no_grad`) it is not.
+    Gradients: first and second order, in reverse and forward mode, so gradient penalties (R1, WGAN-GP) work, in
+    O(L + S) memory for all of them. impl="reference" has every order.
 
-    Source: SAGAN, arXiv:1805.08318, equations 1 and 2.
+    Source: SAGAN, arXiv:1805.08318, equations 1 and 2; torchgan's normalization from its released code.
     """
     _check(query, key, value)
-    if choose(impl, query) == "reference" or _wants_grad(query, key, value):
-        return reference.attention(query, key, value)
-    # SDPA has a fused CPU and GPU path for equal widths only, and 1/√E must be switched off
-    E, Ev = query.shape[2], value.shape[2]
-    width = max(E, Ev)
-    query, key, value = (
-        F.pad(t.contiguous(), (0, width - t.shape[2])).unsqueeze(1) for t in (query, key, value)
-    )
-    return F.scaled_dot_product_attention(query, key, value, scale=1.0).squeeze(1)[..., :Ev]
+    if normalize not in ("keys", "queries"):
+        raise ValueError(f"attention: normalize must be 'keys' or 'queries', got {normalize!r}")
+    query, key, value = _autocast(query, key, value)
+    chosen = choose(impl, query)
+    out = _attention(query, key, value, normalize, chosen)
+    # backward reads out: what the caller may modify in place must be another tensor
+    return out.clone() if chosen != "reference" and out.requires_grad and normalize == "keys" else out
 
 
 def sagan_attention(
@@ -45,51 +56,155 @@ def sagan_attention(
     query_weight: Tensor,
     key_weight: Tensor,
     value_weight: Tensor,
-    out_weight: Tensor,
+    out_weight: Tensor | None,
     gamma: Tensor,
     *,
+    query_bias: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    value_bias: Tensor | None = None,
+    out_bias: Tensor | None = None,
+    pool: bool = True,
+    normalize: Positions = "keys",
     impl: Impl | None = None,
 ) -> Tensor:
     """The whole SAGAN layer: x + gamma · out(attention(query(x), pool(key(x)), pool(value(x)))).
 
     Args:
-        x: (B, C, H, W), H and W at least 2.
-        query_weight: (E, C, 1, 1).
+        x: (B, C, H, W), NCHW or NHWC; H and W at least 2 with `pool`.
+        query_weight: (E, C, 1, 1); this and the other weights may also be (E, C) or (E, C, 1).
         key_weight: (E, C, 1, 1).
         value_weight: (Ev, C, 1, 1).
-        out_weight: (C, Ev, 1, 1).
+        out_weight: (C, Ev, 1, 1), or None for no out projection, as in the paper's text; then Ev = C.
         gamma: one element; at 0 the layer is the identity.
-        impl: "torch", "reference", or None to choose.
+        query_bias: (E,) or None.
+        key_bias: (E,) or None.
+        value_bias: (Ev,) or None.
+        out_bias: (C,) or None.
+        pool: halve the key and value positions by a 2×2 max-pool, as the released code does; odd H, W are floored.
+        normalize: "keys" or "queries", as in `attention`.
+        impl: "triton", "torch", "reference", or None to choose by device.
 
     Returns:
         (B, C, H, W), a fresh tensor: an in-place ReLU may follow.
 
     Raises:
-        ValueError: x is not 4-D.
+        TypeError: a tensor is not floating-point, or is a DTensor.
+        ValueError: a shape, dtype or device does not fit x.
+        NotImplementedError: `impl` cannot run here; on the third derivative.
 
-    Gradients: of every order, for x, the weights and gamma.
+    Gradients: first and second order, for x, the weights, the biases and gamma.
 
     Source: the authors' released code, as in BigGAN; formula in `reference.sagan_attention`.
     """
-    if x.ndim != 4 or min(x.shape[2:]) < 2:
-        raise ValueError(
-            f"sagan_attention: x must be (B, C, H, W) with H and W at least 2, got {tuple(x.shape)}"
+    _check_layer(x, pool, normalize)
+    C = x.shape[1]
+    E, Ev = query_weight.shape[0], value_weight.shape[0]
+    weights = {
+        "query_weight": (query_weight, (E, C)),
+        "key_weight": (key_weight, (E, C)),
+        "value_weight": (value_weight, (Ev, C)),
+        "out_weight": (out_weight, (C, Ev)),
+        "query_bias": (query_bias, (E,)),
+        "key_bias": (key_bias, (E,)),
+        "value_bias": (value_bias, (Ev,)),
+        "out_bias": (out_bias, (C,)),
+    }
+    for name, (tensor, shape) in weights.items():
+        _check_weight(x, name, tensor, shape)
+    if out_weight is None and Ev != C:
+        raise ValueError(f"sagan_attention: without out_weight value_weight must be (C, C), got {(Ev, C)}")
+    if out_weight is None and out_bias is not None:
+        raise ValueError("sagan_attention: out_bias needs an out_weight, got None; leave both out or give both")
+    if gamma.numel() != 1:
+        raise ValueError(f"sagan_attention: gamma must have one element, got {tuple(gamma.shape)}")
+    gamma = gamma.reshape(())
+    query_weight, key_weight, value_weight = (
+        w.reshape(*w.shape[:2], 1, 1) for w in (query_weight, key_weight, value_weight)
+    )
+    out_weight = out_weight if out_weight is None else out_weight.reshape(C, Ev, 1, 1)
+    chosen = choose(impl, x)
+    if chosen == "reference":
+        return reference.sagan_attention(
+            x, query_weight, key_weight, value_weight, out_weight, gamma,
+            query_bias=query_bias, key_bias=key_bias, value_bias=value_bias, out_bias=out_bias,
+            pool=pool, normalize=normalize,
+        )  # fmt: skip
+    if chosen == "triton" and pool:
+        cast_x, weight, bias = _autocast(x, *_stacked(key_weight, value_weight, key_bias, value_bias))
+        pooled = project_pool(cast_x, weight.flatten(1), bias)
+        key, value = pooled[..., :E], pooled[..., E:]
+    else:
+        key, value = F.conv2d(x, key_weight, key_bias), F.conv2d(x, value_weight, value_bias)
+        if pool:
+            key, value = F.max_pool2d(key, 2), F.max_pool2d(value, 2)
+        key, value = reference.positions(key), reference.positions(value)
+    if (
+        chosen == "triton"
+        and out_weight is not None
+        and normalize == "keys"
+        and key.dtype == x.dtype
+        and x.numel()
+        and x.stride(2) == x.shape[3] * x.stride(3)
+        and configs.layer_tiling(C, E, Ev, configs.arithmetic(x), configs.architecture(x.device)) is not None
+        and not _differentiated(x, query_weight, key, value, out_weight, gamma, query_bias, out_bias)
+    ):
+        return sagan_forward(
+            x, query_weight.flatten(1), query_bias, key, value, out_weight.flatten(1), out_bias, gamma
         )
-    if choose(impl, x) == "reference":
-        return reference.sagan_attention(x, query_weight, key_weight, value_weight, out_weight, gamma)
-    query = reference.positions(F.conv2d(x, query_weight))  # (B, L, E)
-    key = reference.positions(F.max_pool2d(F.conv2d(x, key_weight), 2))  # (B, S, E)
-    value = reference.positions(F.max_pool2d(F.conv2d(x, value_weight), 2))  # (B, S, Ev)
-    o = attention(query, key, value, impl=impl)  # (B, L, Ev)
-    return torch.addcmul(x, gamma, F.conv2d(o.mT.unflatten(2, x.shape[2:]), out_weight))
+    query = reference.positions(F.conv2d(x, query_weight, query_bias))  # (B, L, E)
+    o = _attention(query, key, value, normalize, chosen).mT.unflatten(2, x.shape[2:])  # (B, Ev, H, W)
+    return torch.addcmul(x, gamma, o if out_weight is None else F.conv2d(o, out_weight, out_bias))
 
 
-def _wants_grad(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+def _attention(query: Tensor, key: Tensor, value: Tensor, normalize: Positions, impl: Impl) -> Tensor:
+    """Attention by the implementation chosen; the result must not be modified in place."""
+    (B, L, _), S = query.shape, key.shape[1]
+    if impl == "reference" or 0 in (B, L, S, *value.shape):
+        return reference.attention(query, key, value, normalize=normalize)
+    if impl == "torch" and attention_tiles.stores_map(B, L, S, _differentiated(query, key, value)):
+        return reference.attention(query, key, value, normalize=normalize)
+    if normalize == "queries":
+        return attention_over_queries(query, key, value, impl)
+    return attention_and_lse(query, key, value, impl)[0]
+
+
+def _differentiated(*tensors: Tensor | None) -> bool:
+    """Whether a derivative of any kind may be taken through what follows."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+def _stacked(
+    key_weight: Tensor, value_weight: Tensor, key_bias: Tensor | None, value_bias: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """One weight, and one bias, for keys and values."""
+    weight = torch.cat([key_weight, value_weight])
+    if key_bias is None and value_bias is None:
+        return weight, None
+    parts = [
+        w.new_zeros(w.shape[0]) if b is None else b
+        for w, b in ((key_weight, key_bias), (value_weight, value_bias))
+    ]
+    return weight, torch.cat(parts)
+
+
+def _autocast(*tensors: Tensor | None) -> tuple[Tensor, ...]:
+    """The tensors in autocast's dtype where it is on, as a convolution would take them."""
+    device = next(t.device.type for t in tensors if t is not None)
+    if not torch.is_autocast_enabled(device):
+        return tensors  # type: ignore[return-value]
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)  # type: ignore[return-value,misc]
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
-    shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
+    tensors = {"query": query, "key": key, "value": value}
+    for name, tensor in tensors.items():
+        _check_kind("attention", name, tensor)
+    shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in tensors.items())
     if not query.ndim == key.ndim == value.ndim == 3:
         raise ValueError(f"attention: query, key and value must be 3-D, got {shapes}")
     if not query.shape[0] == key.shape[0] == value.shape[0]:
@@ -98,3 +213,48 @@ def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
         raise ValueError(f"attention: query and key must have the same width E, got {shapes}")
     if key.shape[1] != value.shape[1]:
         raise ValueError(f"attention: key and value must have the same length S, got {shapes}")
+    if len(devices := {t.device for t in tensors.values()}) > 1:
+        raise ValueError(f"attention: tensors must be on one device, got {_listed(devices)}")
+    if len(dtypes := {t.dtype for t in tensors.values()}) > 1 and not torch.is_autocast_enabled(
+        query.device.type
+    ):
+        raise ValueError(f"attention: tensors must have one dtype, got {_listed(dtypes)}")
+
+
+def _check_layer(x: Tensor, pool: bool, normalize: Positions) -> None:
+    _check_kind("sagan_attention", "x", x)
+    least = 2 if pool else 1
+    if x.ndim != 4 or min(x.shape[2:]) < least:
+        raise ValueError(
+            f"sagan_attention: x must be (B, C, H, W) with H and W at least {least}, got {tuple(x.shape)}"
+        )
+    if normalize not in ("keys", "queries"):
+        raise ValueError(f"sagan_attention: normalize must be 'keys' or 'queries', got {normalize!r}")
+
+
+def _check_weight(x: Tensor, name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
+    if tensor is None:
+        return
+    _check_kind("sagan_attention", name, tensor)
+    if tuple(tensor.shape[: len(shape)]) != shape or tensor.numel() != shape[0] * (*shape, 1)[1]:
+        wanted = f"{shape}" if len(shape) == 1 else f"{(*shape, 1, 1)}"
+        raise ValueError(
+            f"sagan_attention: {name} must be {wanted} for x {tuple(x.shape)}, got {tuple(tensor.shape)}"
+        )
+    if tensor.device != x.device:
+        raise ValueError(f"sagan_attention: {name} must be on {x.device} as x is, got {tensor.device}")
+    if tensor.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise ValueError(f"sagan_attention: {name} must be {x.dtype} as x is, got {tensor.dtype}")
+
+
+def _check_kind(where: str, name: str, tensor: Tensor) -> None:
+    if not tensor.is_floating_point():
+        raise TypeError(f"{where}: {name} must be floating-point, got {tensor.dtype}")
+    if any(cls.__name__ == "DTensor" for cls in type(tensor).__mro__):
+        raise TypeError(
+            f"{where}: {name} must be a plain tensor, got a DTensor; gather it first with full_tensor()"
+        )
+
+
+def _listed(things: set[torch.device] | set[torch.dtype]) -> str:
+    return " and ".join(sorted(str(thing) for thing in things))

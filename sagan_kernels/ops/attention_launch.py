@@ -144,12 +144,13 @@ def _launch(
     query, key = strided[:2]
     value = strided[2] if len(strided) > 2 else key
     (B, L, E), (_, S, Ev) = query.shape, value.shape
-    tile = configs.tiling(name, E, Ev, query.element_size(), configs.architecture(query.device))
+    arithmetic = configs.arithmetic(query)
+    tile = configs.tiling(name, E, Ev, arithmetic, configs.architecture(query.device))
     rows, block = (L, tile.block_l) if programs == "rows" else (S, tile.block_s)
     widths: dict[str, Any] = {"E": E, "BLOCK_E": configs.width_block(E)}
     if len(strided) > 2:
         widths |= {"EV": Ev, "BLOCK_EV": configs.width_block(Ev)}
-    with _current(query.device):
+    with current(query.device):
         kernel[B * -(-rows // block),](
             *pointers,
             L, S,
@@ -157,8 +158,8 @@ def _launch(
             **widths,
             BLOCK_L=tile.block_l, BLOCK_S=tile.block_s,
             EVEN_L=L % tile.block_l == 0, EVEN_S=S % tile.block_s == 0,
-            WIDE=any(_reach(tensor) >= 2**31 for tensor in strided),
-            PRECISION=configs.precision(query), ACC=_triton_dtype(query),
+            WIDE=any(reach(tensor) >= 2**31 for tensor in strided),
+            PRECISION=input_precision(arithmetic), ACC=triton_dtype(query),
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
 
@@ -166,7 +167,7 @@ def _launch(
 def _value_parts(kernel: configs.Kernel, query: Tensor, value: Tensor) -> Iterator[slice]:
     """Slices of the value columns, each as wide as one launch takes."""
     Ev = value.shape[2]
-    width = configs.value_part(kernel, query.shape[2], Ev)
+    width = configs.value_part(kernel, query.shape[2], Ev, configs.arithmetic(query))
     return (slice(start, min(start + width, Ev)) for start in range(0, Ev, width))
 
 
@@ -174,7 +175,7 @@ def _sum(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.empty_like(parts[0]).copy_(torch.stack(parts).sum(0))
 
 
-def _reach(tensor: Tensor) -> int:
+def reach(tensor: Tensor) -> int:
     """The largest offset within one image, with the rows a last tile may point beyond."""
     return (tensor.shape[1] + 256) * tensor.stride(1) + (tensor.shape[2] + 256) * tensor.stride(2)
 
@@ -183,12 +184,17 @@ def _sum_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def _triton_dtype(tensor: Tensor) -> Any:
+def input_precision(arithmetic: configs.Arithmetic) -> str:
+    """The word `tl.dot` has for it; it ignores the word on 16-bit inputs."""
+    return "ieee" if arithmetic == "half" else arithmetic
+
+
+def triton_dtype(tensor: Tensor) -> Any:
     import triton.language as tl
 
     return tl.float64 if tensor.dtype == torch.float64 else tl.float32
 
 
-def _current(device: torch.device) -> AbstractContextManager[Any]:
+def current(device: torch.device) -> AbstractContextManager[Any]:
     """Triton launches on the current device, whichever device the tensors are on."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

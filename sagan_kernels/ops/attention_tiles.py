@@ -39,3 +39,7 @@ def tangent(q, k, v, a, b, c):
 
 def transposed(q, k, v):
     return (_p(k, q).mT @ v).contiguous()
+
+
+def stores_map(B, L, S, d):
+    return B * L * S <= 2**21

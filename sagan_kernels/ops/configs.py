@@ -16,6 +16,9 @@ Kernel = Literal["forward", "lse", "over_queries", "row", "column", "double_row"
 Arch = Literal["sm_80", "sm_90", "sm_100", "gfx942"]
 """The architectures that tables are kept for; others take those of the nearest older one."""
 
+Arithmetic = Literal["half", "tf32", "tf32x3", "ieee"]
+"""How products are computed: on 16-bit inputs, with one TF32 product, with three, or in the inputs' own precision."""
+
 
 @dataclass(frozen=True)
 class Tiling:
@@ -32,14 +35,48 @@ def width_block(width: int) -> int:
     return max(16, 1 << (width - 1).bit_length())
 
 
-def value_part(kernel: Kernel, E: int, Ev: int) -> int:
+def value_part(kernel: Kernel, E: int, Ev: int, arithmetic: Arithmetic) -> int:
     """How many value columns one launch takes; wider values are cut, which is exact, since attention is linear in them."""
     return min(Ev, 128)
 
 
-def tiling(kernel: Kernel, E: int, Ev: int, itemsize: int, arch: Arch) -> Tiling:
+def tiling(kernel: Kernel, E: int, Ev: int, arithmetic: Arithmetic, arch: Arch) -> Tiling:
     """The tiling of `kernel` at key width E and value width Ev (at most `value_part`) for elements of `itemsize` bytes."""
     return Tiling(64, 64, 4, 2)
+
+
+@dataclass(frozen=True)
+class ProjectionTiling:
+    """What one program of the pooled projection holds: block_s positions, block_o channels, block_c at a time."""
+
+    block_s: int
+    block_o: int
+    block_c: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class LayerTiling:
+    """What one program of the fused layer holds; channels of x come block_c at a time."""
+
+    block_l: int
+    block_s: int
+    block_c: int
+    num_warps: int
+    num_stages: int
+
+
+def projection_tiling(C: int, O: int, arithmetic: Arithmetic, arch: Arch) -> ProjectionTiling:  # noqa: E741
+    """The tiling of the pooled projection from C to O channels."""
+    return ProjectionTiling(32, min(width_block(O), 64), min(width_block(C), 64), 4, 2)
+
+
+def layer_tiling(C: int, E: int, Ev: int, arithmetic: Arithmetic, arch: Arch) -> LayerTiling | None:
+    """The tiling of the fused layer, or None where separate kernels are the faster choice."""
+    if Ev > 128 or E > 64:
+        return None
+    return LayerTiling(64, 64, min(width_block(C), 64), 4, 2)
 
 
 def architecture(device: torch.device) -> Arch:
@@ -52,12 +89,14 @@ def architecture(device: torch.device) -> Arch:
     return "sm_80" if major == 8 else "sm_90" if major == 9 else "sm_100"
 
 
-def precision(tensor: Tensor) -> str:
-    """How float32 products are computed: TF32 only where PyTorch's own matmul precision allows it.
+def arithmetic(tensor: Tensor) -> Arithmetic:
+    """How products with `tensor` are computed: float32 by TF32 only where PyTorch's matmul precision allows it.
 
-    Otherwise three TF32 products, whose error is float32's, as the tensor cores have no float32.
+    Otherwise by three TF32 products, whose error is float32's, as NVIDIA's tensor cores have no float32.
     """
-    if tensor.dtype != torch.float32 or interpreted() or torch.version.hip:
+    if tensor.dtype in (torch.float16, torch.bfloat16):
+        return "half"
+    if tensor.dtype == torch.float64 or interpreted() or torch.version.hip:
         return "ieee"
     allowed = torch.backends.cuda.matmul.fp32_precision
     if allowed == "none":
