@@ -1,6 +1,6 @@
 """Attention backward: the gradients of <softmax(q kᵀ) v, g> in two passes, without atomics.
 
-Shapes   q, dq (B, L, E)   k, dk (B, S, E)   v, dv (B, S, Ev)   out, g (B, L, Ev)   lse, delta (B, L)
+Shapes   q, dq (B, L, E)   k, dk (B, S, E)   v, dv (B, S, Ev)   out, g (B, L, Ev)   lse (B, 2, L)   delta (B, L)
 Traffic  the row pass reads q, out, g once and k, v ⌈L / BLOCK_L⌉ times; the column pass reads k, v once and q, g
          ⌈S / BLOCK_S⌉ times. The map is computed twice from lse, never stored; the result does not depend on timing.
 Maths    P = exp(q kᵀ - lse)   delta = Σ g ∘ out   dS = P ∘ (g vᵀ - delta)
@@ -11,7 +11,7 @@ Method   arXiv:2205.14135, appendix B; two passes as in arXiv:2307.08691, but wi
 import triton
 import triton.language as tl
 
-from sagan_kernels.kernels.tiles import LOG2E, indices, load_tile, store_tile
+from sagan_kernels.kernels.tiles import LOG2E, indices, load_lse, load_tile, store_tile
 
 
 @triton.jit
@@ -35,7 +35,7 @@ def attention_backward_row_kernel(
     out = load_tile(out_ptr + image * out_image, rows, ev, out_row, out_col, L, EV, EVEN_L, BLOCK_EV)
     delta = tl.sum(g.to(ACC) * out.to(ACC), axis=1)
     tl.store(delta_ptr + image * L + rows, delta, mask=rows < L)
-    lse = tl.load(lse_ptr + image * L + rows, mask=rows < L, other=float("inf"))
+    shift, log_total = load_lse(lse_ptr + image * 2 * L, rows, L)
 
     dq = tl.zeros((BLOCK_L, BLOCK_E), ACC)
     for start in range(0, S, BLOCK_S):
@@ -45,7 +45,7 @@ def attention_backward_row_kernel(
         score = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC)
         if not EVEN_S:
             score = tl.where(cols[None, :] < S, score, -float("inf"))
-        p = tl.exp2(score * LOG2E - lse[:, None])
+        p = tl.exp2(score * LOG2E - shift[:, None] - log_total[:, None])
         ds = p * (tl.dot(g, tl.trans(v), input_precision=PRECISION, out_dtype=ACC) - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION, out_dtype=ACC)
     store_tile(dq_ptr + image * dq_image, dq, rows, e, dq_row, dq_col, L, E, EVEN_L, BLOCK_E)
@@ -76,10 +76,10 @@ def attention_backward_column_kernel(
         rows = indices(start, BLOCK_L, WIDE)
         q = load_tile(q_ptr + image * q_image, rows, e, q_row, q_col, L, E, EVEN_L, BLOCK_E)
         g = load_tile(g_ptr + image * g_image, rows, ev, g_row, g_col, L, EV, EVEN_L, BLOCK_EV)
-        lse = tl.load(lse_ptr + image * L + rows, mask=rows < L, other=float("inf"))
+        shift, log_total = load_lse(lse_ptr + image * 2 * L, rows, L)
         delta = tl.load(delta_ptr + image * L + rows, mask=rows < L, other=0.0)
         score = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=ACC)  # (BLOCK_S, BLOCK_L)
-        p = tl.exp2(score * LOG2E - lse[None, :])
+        p = tl.exp2(score * LOG2E - shift[None, :] - log_total[None, :])
         dv = tl.dot(p.to(g.dtype), g, dv, input_precision=PRECISION, out_dtype=ACC)
         ds = p * (tl.dot(v, tl.trans(g), input_precision=PRECISION, out_dtype=ACC) - delta[None, :])
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION, out_dtype=ACC)

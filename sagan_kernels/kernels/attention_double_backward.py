@@ -2,7 +2,7 @@
 
 dq, dk, dv are the gradients of <softmax(q kᵀ) v, g>, and a, b, c the cotangents that a gradient penalty sends them.
 
-Shapes   q, a, q2 (B, L, E)   k, b, k2 (B, S, E)   v, c, v2 (B, S, Ev)   out, g, g2 (B, L, Ev)   lse, r, x_sum (B, L)
+Shapes   q, a, q2 (B, L, E)   k, b, k2 (B, S, E)   v, c, v2 (B, S, Ev)   out, g, g2 (B, L, Ev)   lse (B, 2, L)   r, x_sum (B, L)
 Traffic  the row pass reads k, b, v, c ⌈L / BLOCK_L⌉ times, the column pass q, a, g ⌈S / BLOCK_S⌉ times.
 Maths    P = exp(q kᵀ - lse)   delta = Σ g ∘ out   T = a kᵀ + q bᵀ   r = Σ P ∘ T   D = g vᵀ - delta
          X = P ∘ ((T - r) ∘ D + g cᵀ)   X -= P ΣX
@@ -16,7 +16,7 @@ Source   derived for this library by differentiating arXiv:2205.14135, appendix 
 import triton
 import triton.language as tl
 
-from sagan_kernels.kernels.tiles import LOG2E, indices, load_tile, store_tile
+from sagan_kernels.kernels.tiles import LOG2E, indices, load_lse, load_tile, store_tile
 
 
 @triton.jit
@@ -42,7 +42,7 @@ def attention_double_backward_row_kernel(
     g = load_tile(g_ptr + image * g_image, rows, ev, g_row, g_col, L, EV, EVEN_L, BLOCK_EV)
     out = load_tile(out_ptr + image * out_image, rows, ev, out_row, out_col, L, EV, EVEN_L, BLOCK_EV)
     delta = tl.sum(g.to(ACC) * out.to(ACC), axis=1)
-    lse = tl.load(lse_ptr + image * L + rows, mask=rows < L, other=float("inf"))
+    shift, log_total = load_lse(lse_ptr + image * 2 * L, rows, L)
 
     q2, pk = tl.zeros((BLOCK_L, BLOCK_E), ACC), tl.zeros((BLOCK_L, BLOCK_E), ACC)
     g2 = tl.zeros((BLOCK_L, BLOCK_EV), ACC)
@@ -56,7 +56,7 @@ def attention_double_backward_row_kernel(
         score = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC)
         if not EVEN_S:
             score = tl.where(cols[None, :] < S, score, -float("inf"))
-        p = tl.exp2(score * LOG2E - lse[:, None])
+        p = tl.exp2(score * LOG2E - shift[:, None] - log_total[:, None])
         t = tl.dot(a, tl.trans(k), input_precision=PRECISION, out_dtype=ACC)
         t = tl.dot(q, tl.trans(b), t, input_precision=PRECISION, out_dtype=ACC)
         pt = p * t
@@ -109,12 +109,12 @@ def attention_double_backward_column_kernel(
         q = load_tile(q_ptr + image * q_image, rows, e, q_row, q_col, L, E, EVEN_L, BLOCK_E)
         a = load_tile(a_ptr + image * a_image, rows, e, a_row, a_col, L, E, EVEN_L, BLOCK_E)
         g = load_tile(g_ptr + image * g_image, rows, ev, g_row, g_col, L, EV, EVEN_L, BLOCK_EV)
-        lse = tl.load(lse_ptr + image * L + rows, mask=rows < L, other=float("inf"))
+        shift, log_total = load_lse(lse_ptr + image * 2 * L, rows, L)
         delta = tl.load(delta_ptr + image * L + rows, mask=rows < L, other=0.0)
         r = tl.load(r_ptr + image * L + rows, mask=rows < L, other=0.0)
         x_sum = tl.load(x_sum_ptr + image * L + rows, mask=rows < L, other=0.0)
         score = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=ACC)  # (BLOCK_S, BLOCK_L)
-        p = tl.exp2(score * LOG2E - lse[None, :])
+        p = tl.exp2(score * LOG2E - shift[None, :] - log_total[None, :])
         t = tl.dot(k, tl.trans(a), input_precision=PRECISION, out_dtype=ACC)
         t = tl.dot(b, tl.trans(q), t, input_precision=PRECISION, out_dtype=ACC)
         pt = p * (t - r[None, :])
@@ -146,7 +146,7 @@ def attention_tangent_kernel(
     ev = indices(0, BLOCK_EV, WIDE)
     q = load_tile(q_ptr + image * q_image, rows, e, q_row, q_col, L, E, EVEN_L, BLOCK_E)
     a = load_tile(a_ptr + image * a_image, rows, e, a_row, a_col, L, E, EVEN_L, BLOCK_E)
-    lse = tl.load(lse_ptr + image * L + rows, mask=rows < L, other=float("inf"))
+    shift, log_total = load_lse(lse_ptr + image * 2 * L, rows, L)
 
     g2 = tl.zeros((BLOCK_L, BLOCK_EV), ACC)
     r = tl.zeros((BLOCK_L,), ACC)
@@ -159,7 +159,7 @@ def attention_tangent_kernel(
         score = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC)
         if not EVEN_S:
             score = tl.where(cols[None, :] < S, score, -float("inf"))
-        p = tl.exp2(score * LOG2E - lse[:, None])
+        p = tl.exp2(score * LOG2E - shift[:, None] - log_total[:, None])
         t = tl.dot(a, tl.trans(k), input_precision=PRECISION, out_dtype=ACC)
         t = tl.dot(q, tl.trans(b), t, input_precision=PRECISION, out_dtype=ACC)
         pt = p * t

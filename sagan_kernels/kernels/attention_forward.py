@@ -1,16 +1,16 @@
 """Attention forward: out = softmax(q kᵀ) v, and what its softmax was divided by.
 
-Shapes   q (B, L, E)   k (B, S, E)   v (B, S, Ev)   out (B, L, Ev)   lse (B, L), base 2
+Shapes   q (B, L, E)   k (B, S, E)   v (B, S, Ev)   out (B, L, Ev)   lse (B, 2, L)
          L query positions (H·W), S key positions (L/4 after SAGAN's max-pool); E = C/8 and Ev = C/2 in SAGAN.
 Traffic  reads q once and k, v ⌈L / BLOCK_L⌉ times; writes out and lse once. The (L, S) map stays on chip.
-Maths    sagan_kernels.reference.attention; lse = log2 Σ exp(q kᵀ)
+Maths    sagan_kernels.reference.attention; lse = log2 Σ exp(q kᵀ), as a sum of two
 Method   online softmax, arXiv:1805.02867; tiling, arXiv:2205.14135.
 """
 
 import triton
 import triton.language as tl
 
-from sagan_kernels.kernels.tiles import LOG2E, indices, load_tile, store_tile
+from sagan_kernels.kernels.tiles import LOG2E, indices, load_lse, load_tile, shift_of, store_lse, store_tile
 
 
 @triton.jit
@@ -45,7 +45,7 @@ def attention_forward_kernel(
 
     out = acc * (1.0 / total)[:, None]
     store_tile(out_ptr + image * out_image, out, rows, ev, out_row, out_col, L, EV, EVEN_L, BLOCK_EV)
-    tl.store(lse_ptr + image * L + rows, peak * LOG2E + tl.log2(total), mask=rows < L)
+    store_lse(lse_ptr + image * 2 * L, rows, L, peak, total)
 
 
 @triton.jit
@@ -55,8 +55,7 @@ def online_softmax(score, peak, total):
     Returns the two, the tile's exponentials, and the factor that brings earlier sums to the new maximum.
     """
     new_peak = tl.maximum(peak, tl.max(score, axis=1))
-    # a row of -inf so far must not turn into NaN: later scores may be finite
-    shift = tl.where(new_peak == -float("inf"), 0.0, new_peak) * LOG2E
+    shift = shift_of(new_peak)
     rescale = tl.exp2(peak * LOG2E - shift)
     p = tl.exp2(score * LOG2E - shift[:, None])
     return new_peak, total * rescale + tl.sum(p, axis=1), p, rescale
@@ -71,7 +70,7 @@ def attention_lse_kernel(
     BLOCK_L: tl.constexpr, BLOCK_S: tl.constexpr, EVEN_L: tl.constexpr, EVEN_S: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Computes BLOCK_L elements of lse for one image, without values. Grid: (B · ⌈L / BLOCK_L⌉,)."""
+    """Computes lse of BLOCK_L rows for one image, without values. Grid: (B · ⌈L / BLOCK_L⌉,)."""
     tiles = tl.cdiv(L, BLOCK_L)
     image = (tl.program_id(0) // tiles).to(tl.int64)
     rows = indices(tl.program_id(0) % tiles * BLOCK_L, BLOCK_L, WIDE)
@@ -86,7 +85,7 @@ def attention_lse_kernel(
         if not EVEN_S:
             score = tl.where(cols[None, :] < S, score, -float("inf"))
         peak, total, _, _ = online_softmax(score, peak, total)
-    tl.store(lse_ptr + image * L + rows, peak * LOG2E + tl.log2(total), mask=rows < L)
+    store_lse(lse_ptr + image * 2 * L, rows, L, peak, total)
 
 
 @triton.jit
@@ -100,7 +99,7 @@ def attention_over_queries_kernel(
 ):  # fmt: skip
     """Computes BLOCK_L rows of out = Pᵀ v for one image, where P = softmax(k qᵀ) is normalized over queries.
 
-    lse (B, S) is that of `attention_lse_kernel` with the roles of q and k exchanged. Grid: (B · ⌈L / BLOCK_L⌉,).
+    lse (B, 2, S) is that of `attention_lse_kernel` with the roles of q and k exchanged. Grid: (B · ⌈L / BLOCK_L⌉,).
     """
     tiles = tl.cdiv(L, BLOCK_L)
     image = (tl.program_id(0) // tiles).to(tl.int64)
@@ -114,8 +113,8 @@ def attention_over_queries_kernel(
         cols = indices(start, BLOCK_S, WIDE)
         k = load_tile(k_ptr + image * k_image, cols, e, k_row, k_col, S, E, EVEN_S, BLOCK_E)
         v = load_tile(v_ptr + image * v_image, cols, ev, v_row, v_col, S, EV, EVEN_S, BLOCK_EV)
-        lse = tl.load(lse_ptr + image * S + cols, mask=cols < S, other=float("inf"))
+        shift, log_total = load_lse(lse_ptr + image * 2 * S, cols, S)
         score = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC)
-        p = tl.exp2(score * LOG2E - lse[None, :])
+        p = tl.exp2(score * LOG2E - shift[None, :] - log_total[None, :])
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION, out_dtype=ACC)
     store_tile(out_ptr + image * out_image, acc, rows, ev, out_row, out_col, L, EV, EVEN_L, BLOCK_EV)

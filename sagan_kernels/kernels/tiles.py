@@ -8,7 +8,6 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)  # the hardware's exponential is base 2
-LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -48,3 +47,27 @@ def indices(start, BLOCK: tl.constexpr, WIDE: tl.constexpr):
     if WIDE:
         at = at.to(tl.int64)
     return at
+
+
+@triton.jit
+def store_lse(lse_ptr, rows, n_rows, peak, total):
+    """Writes a row's log2-sum-exp as two numbers, (2, n_rows): the maximum, and what the sum adds to it.
+
+    In one float32 a sum near 1e4 would be off by 1e-3, and every probability of the row with it. SAGAN's logits are
+    unscaled, so such sums occur.
+    """
+    tl.store(lse_ptr + rows, shift_of(peak), mask=rows < n_rows)
+    tl.store(lse_ptr + n_rows + rows, tl.log2(total), mask=rows < n_rows)
+
+
+@triton.jit
+def load_lse(lse_ptr, rows, n_rows):
+    """Reads what `store_lse` wrote; the probabilities of rows beyond the matrix will be 0."""
+    shift = tl.load(lse_ptr + rows, mask=rows < n_rows, other=float("inf"))
+    return shift, tl.load(lse_ptr + n_rows + rows, mask=rows < n_rows, other=0.0)
+
+
+@triton.jit
+def shift_of(peak):
+    """What to subtract from base-2 scores; a row of -inf so far must not become NaN, for finite ones may follow."""
+    return tl.where(peak == -float("inf"), 0.0, peak) * LOG2E

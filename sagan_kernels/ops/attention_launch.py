@@ -15,11 +15,11 @@ from sagan_kernels.ops import configs
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Out (B, L, Ev) and lse (B, L), the base-2 log-sum-exp of the scores."""
+    """Out (B, L, Ev) and lse (B, 2, L), whose sum over 2 is the base-2 log-sum-exp of the scores."""
     from sagan_kernels.kernels.attention_forward import attention_forward_kernel
 
     out = empty_like_rows(query, value)
-    lse = query.new_empty(query.shape[:2], dtype=_sum_dtype(query))
+    lse = query.new_empty(query.shape[0], 2, query.shape[1], dtype=_sum_dtype(query))
     for part in _value_parts("forward", query, value):
         tensors = (query, key, value[..., part], out[..., part])
         pointers = (*tensors, lse)
@@ -31,7 +31,7 @@ def over_queries(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Out (B, L, Ev) = Pᵀ value, where P (B, S, L) = softmax(key queryᵀ)."""
     from sagan_kernels.kernels.attention_forward import attention_lse_kernel, attention_over_queries_kernel
 
-    lse = key.new_empty(key.shape[:2], dtype=_sum_dtype(key))
+    lse = key.new_empty(key.shape[0], 2, key.shape[1], dtype=_sum_dtype(key))
     _launch(attention_lse_kernel, "lse", (key, query, lse), (key, query), "rows")
     out = empty_like_rows(query, value)
     for part in _value_parts("over_queries", query, value):
@@ -51,7 +51,8 @@ def backward(
         attention_backward_row_kernel,
     )
 
-    delta = torch.empty_like(lse)
+    delta = lse.new_empty(query.shape[:2])
+    lse = lse.contiguous()  # under vmap it may be expanded
     grad_value = torch.empty_like(value)
     sums_query, sums_key = [], []
     for part in _value_parts("column", query, value):
@@ -86,7 +87,8 @@ def double_backward(
         attention_double_backward_row_kernel,
     )
 
-    delta, r, x_sum = torch.empty_like(lse), torch.empty_like(lse), torch.empty_like(lse)
+    delta, r, x_sum = (lse.new_empty(query.shape[:2]) for _ in range(3))
+    lse = lse.contiguous()
     value2, grad2 = torch.empty_like(value), empty_like_rows(query, value)
     sums_query, sums_key = [], []
     for part in _value_parts("double_column", query, value):
@@ -119,6 +121,7 @@ def tangent(
     """The derivative of out along a, b, c, the directions of query, key and value."""
     from sagan_kernels.kernels.attention_double_backward import attention_tangent_kernel
 
+    lse = lse.contiguous()
     result = empty_like_rows(query, value)
     for part in _value_parts("tangent", query, value):
         tensors = (query, key, value[..., part], out[..., part], a, b, c[..., part], result[..., part])

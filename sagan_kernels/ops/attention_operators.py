@@ -62,7 +62,7 @@ def _fake_forward(query: Tensor, key: Tensor, value: Tensor, impl: str) -> tuple
     if impl != "triton":
         return value.new_empty(B, L, Ev), query.new_empty(B, 0)
     lse = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return attention_launch.empty_like_rows(query, value), query.new_empty(B, L, dtype=lse)
+    return attention_launch.empty_like_rows(query, value), query.new_empty(B, 2, L, dtype=lse)
 
 
 def _fake_over_queries(query: Tensor, key: Tensor, value: Tensor, impl: str) -> Tensor:

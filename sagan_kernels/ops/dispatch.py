@@ -1,7 +1,6 @@
 """One word chooses an implementation: `impl`, overridden by the environment variable SAGAN_KERNELS_IMPL."""
 
 import os
-from functools import cache
 from importlib.util import find_spec
 from typing import Literal, cast, get_args
 
@@ -10,6 +9,8 @@ from torch import Tensor
 
 Impl = Literal["triton", "torch", "reference"]
 """triton: fused GPU kernels. torch: the fastest composition of PyTorch's own operators. reference: the formula."""
+
+_INSTALLED = find_spec("triton") is not None  # without importing it
 
 
 def choose(impl: Impl | None, tensor: Tensor) -> Impl:
@@ -40,7 +41,7 @@ def not_supported_reasons(impl: Impl, tensor: Tensor) -> list[str]:
     """Why `impl` cannot run on `tensor`; empty when it can."""
     if impl != "triton":
         return []
-    if not _installed():
+    if not _INSTALLED:
         return ["the package triton is not installed"]
     if tensor.is_cuda:
         return _gpu_reasons(tensor)
@@ -69,8 +70,3 @@ def _dtype_reasons(tensor: Tensor, supported: tuple[torch.dtype, ...]) -> list[s
         return []
     names = ", ".join(str(dtype).removeprefix("torch.") for dtype in supported)
     return [f"the kernels take {names}, and the tensor is {str(tensor.dtype).removeprefix('torch.')}"]
-
-
-@cache
-def _installed() -> bool:
-    return find_spec("triton") is not None

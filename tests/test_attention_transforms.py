@@ -1,0 +1,166 @@
+"""The attention operators under torch.func, forward mode, compile, export, checkpointing and autocast."""
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from sagan_kernels import reference
+from sagan_kernels.nn import SelfAttention2d
+from sagan_kernels.ops import attention
+
+IMPLS = ["triton", "torch"]
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning"),  # within torch's forward mode
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy's, within the interpreter
+]
+
+
+@pytest.fixture(autouse=True)
+def _tiles_at_every_size(monkeypatch):
+    """Small maps take the operators too, not the formula."""
+    from sagan_kernels.ops import attention_tiles
+
+    monkeypatch.setattr(attention_tiles, "stores_map", lambda *_: False)
+
+
+def qkv(B=2, L=7, S=5, E=3, Ev=4, dtype=torch.float64):
+    return [torch.randn(B, *d, dtype=dtype) for d in [(L, E), (S, E), (S, Ev)]]
+
+
+def by(impl, **keywords):
+    return lambda q, k, v: attention(q, k, v, impl=impl, **keywords)
+
+
+def assert_same(found, wanted):
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("normalize", ["keys", "queries"])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_func_grad_jvp_and_vmap_agree_with_the_formula(impl, normalize):
+    q, k, v = qkv()
+    directions = tuple(torch.randn_like(t) for t in (q, k, v))
+    many = torch.randn(3, *q.shape, dtype=q.dtype)
+    results = []
+    for f in (by(impl, normalize=normalize), by("reference", normalize=normalize)):
+        loss = lambda *t, f=f: f(*t).square().sum()  # noqa: E731
+        grad = torch.func.grad(loss, argnums=(0, 1, 2))
+        along = lambda *t, f=f: torch.func.jvp(f, t, directions)[1].square().sum()  # noqa: E731
+        results.append(
+            {
+                "jvp": torch.func.jvp(f, (q, k, v), directions)[1],
+                "grad": grad(q, k, v),
+                "forward over reverse": torch.func.jvp(grad, (q, k, v), directions)[1],
+                "vmap of a query": torch.func.vmap(f, in_dims=(0, None, None))(many, k, v),
+                "vmap of a gradient": torch.func.vmap(grad, in_dims=(0, None, None))(many, k, v),
+                "vmap from the last dimension": torch.func.vmap(f, in_dims=(3, None, None))(
+                    many.movedim(0, 3), k, v
+                ),
+            }
+            | ({"reverse over forward": torch.func.grad(along)(q, k, v)} if normalize == "keys" else {})
+        )
+    assert_same(*results)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_hessian_by_two_reverse_passes(impl):
+    q, k, v = qkv(1, 3, 4, 2, 3)
+    hessian = [
+        torch.func.jacrev(torch.func.jacrev(lambda t, f=f: f(t, k, v).square().sum()))(q)
+        for f in (by(impl), by("reference"))
+    ]
+    assert_same(*hessian)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_dual_tensors_carry_a_tangent(impl):
+    q, k, v = qkv()
+    direction = torch.randn_like(k)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(k, direction)
+        found = torch.autograd.forward_ad.unpack_dual(attention(q, dual, v, impl=impl)).tangent
+    assert_same(found, torch.func.jvp(lambda k: reference.attention(q, k, v), (k,), (direction,))[1])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_operators_pass_opcheck(impl):
+    q, k, v = (t.requires_grad_() for t in qkv())
+    ops = torch.ops.sagan_kernels
+    torch.library.opcheck(ops.attention_forward.default, (q, k, v, impl))
+    torch.library.opcheck(ops.attention_over_queries.default, (q, k, v, impl))
+    out, lse = (t.detach() for t in ops.attention_forward(q, k, v, impl))
+    g = torch.randn_like(out).requires_grad_()
+    torch.library.opcheck(ops.attention_backward.default, (q, k, v, out, lse, g, impl))
+    a, b, c = (torch.randn_like(t) for t in (q, k, v))
+    torch.library.opcheck(ops.attention_tangent.default, (q, k, v, out, lse, a, b, c, impl))
+    args = (*(t.detach() for t in (q, k, v)), out, lse, g.detach(), a, a, b, c, impl)
+    torch.library.opcheck(ops.attention_double_backward.default, args)
+
+
+@pytest.mark.parametrize("normalize", ["keys", "queries"])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_compiles_whole_with_gradients(impl, normalize):
+    torch._dynamo.reset()
+    f = by(impl, normalize=normalize)
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    inputs = [t.mT.contiguous().mT.requires_grad_() for t in qkv()]  # channels first
+    found = torch.autograd.grad(compiled(*inputs).square().sum(), inputs)
+    assert_same(found, torch.autograd.grad(by("reference", normalize=normalize)(*inputs).square().sum(), inputs))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_gradient_penalty_inside_compile_is_right(impl):
+    torch._dynamo.reset()
+
+    def penalty(q, k, v, f):
+        (slope,) = torch.autograd.grad(f(q, k, v).square().sum(), q, create_graph=True)
+        return slope.square().sum()
+
+    inputs = [t.requires_grad_() for t in qkv()]
+    with torch._dynamo.config.patch(trace_autograd_ops=True):
+        compiled = torch.compile(lambda *t: penalty(*t, by(impl)), fullgraph=True, backend="aot_eager")
+        found = torch.autograd.grad(compiled(*inputs), inputs)
+    assert_same(found, torch.autograd.grad(penalty(*inputs, by("reference")), inputs))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_exports_with_a_free_batch(impl, monkeypatch):
+    monkeypatch.setenv("SAGAN_KERNELS_IMPL", impl)
+    module = SelfAttention2d(16).eval()
+    torch.nn.init.constant_(module.gamma, 0.7)
+    batch = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(module, (torch.randn(3, 16, 6, 5),), dynamic_shapes={"x": {0: batch}})
+    x = torch.randn(5, 16, 6, 5)
+    torch.testing.assert_close(program.module()(x), module(x))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_checkpointing_gives_the_same_gradients(impl):
+    inputs = [t.requires_grad_() for t in qkv()]
+    f = by(impl)
+    found = torch.autograd.grad(checkpoint(f, *inputs, use_reentrant=False).square().sum(), inputs)
+    assert_same(found, torch.autograd.grad(f(*inputs).square().sum(), inputs))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_output_may_be_modified_in_place(impl):
+    inputs = [t.requires_grad_() for t in qkv()]
+    found = torch.autograd.grad(attention(*inputs, impl=impl).relu_().square().sum(), inputs)
+    assert_same(found, torch.autograd.grad(reference.attention(*inputs).relu().square().sum(), inputs))
+
+
+def test_autocast_casts_as_a_convolution_does():
+    q, k, v = (t.requires_grad_() for t in qkv(dtype=torch.float32))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = attention(q, k, v, impl="torch")
+    assert out.dtype == torch.bfloat16
+    (grad,) = torch.autograd.grad(out.float().square().sum(), q)
+    assert grad.dtype == torch.float32
+    exact = attention(q, k, v, impl="reference")
+    torch.testing.assert_close(out.float(), exact, rtol=3e-2, atol=3e-2)
+    torch.testing.assert_close(
+        grad, torch.autograd.grad(exact.square().sum(), q)[0], rtol=1e-1, atol=1e-1
+    )  # fmt: skip
+    with torch.autocast("cpu", torch.float16):
+        assert attention(q, k, v, impl="triton").dtype == torch.float16
