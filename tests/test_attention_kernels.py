@@ -70,7 +70,6 @@ def test_kernels_match_float64_in_every_order(shape, layout, normalize, device):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs the kernels in float32 at most")
-@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # within torch's forward mode
 @pytest.mark.parametrize("normalize", NORMALIZE)
 def test_kernels_pass_gradcheck_and_gradgradcheck(normalize):
     inputs = qkv((1, 7, 5, 3, 4), "cpu", layout="NCHW")

@@ -10,10 +10,7 @@ from sagan_kernels.ops import attention
 
 IMPLS = ["triton", "torch"]
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning"),  # within torch's forward mode
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy's, within the interpreter
-]
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, within the interpreter
 
 
 @pytest.fixture(autouse=True)

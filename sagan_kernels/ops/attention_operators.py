@@ -199,7 +199,7 @@ _define(
 _define(
     "attention_over_queries",
     f"({_qkv}, str impl) -> Tensor",
-    _run(attention_launch.over_queries, attention_tiles.transposed),
+    _run(attention_launch.over_queries, attention_tiles.over_queries),
     _fake_over_queries,
     lambda ctx, grad: grad_over_queries(_ops.attention_forward, _ops.attention_backward, ctx, grad),
     save_inputs,
