@@ -17,7 +17,7 @@ def generator(model, z, label):
         h = block.conv2(F.relu(_conditional_norm(block.norm2, h, label)))
         x = h + block.shortcut(F.interpolate(x, scale_factor=2))
         if str(x.shape[3]) in model.attention:
-            x = _attention(model.attention[str(x.shape[3])], x)
+            x = attention(model.attention[str(x.shape[3])], x)
     return torch.tanh(model.to_image(F.relu(model.norm(x))))
 
 
@@ -30,7 +30,7 @@ def discriminator(model, x, label):
             h, x = F.avg_pool2d(h, 2), F.avg_pool2d(x, 2)
         x = h + x
         if i in model._attention_after:
-            x = _attention(model.attention[model._attention_after[i]], x)
+            x = attention(model.attention[model._attention_after[i]], x)
     features = F.relu(x).sum((2, 3))
     return model.linear(features).squeeze(1) + (model.embedding(label) * features).sum(1)
 
@@ -41,7 +41,8 @@ def _conditional_norm(norm, x, label):
     return x * (1 + gain) + bias
 
 
-def _attention(layer, x):
+def attention(layer, x):
+    """The attention layer of the released code, as BigGAN writes it."""
     B, C, H, W = x.shape
     theta = layer.query(x).view(B, C // 8, H * W)
     phi = F.max_pool2d(layer.key(x), 2).view(B, C // 8, H * W // 4)
@@ -49,3 +50,13 @@ def _attention(layer, x):
     beta = F.softmax(torch.bmm(theta.transpose(1, 2), phi), -1)
     o = layer.out(torch.bmm(g, beta.transpose(1, 2)).view(B, C // 2, H, W))
     return layer.gamma * o + x
+
+
+def paper_attention(layer, x):
+    """The attention layer of the paper's text, as most PyTorch copies write it."""
+    B, C, H, W = x.shape
+    query = layer.query(x).view(B, -1, H * W).permute(0, 2, 1)
+    key = layer.key(x).view(B, -1, H * W)
+    value = layer.value(x).view(B, -1, H * W)
+    attention = F.softmax(torch.bmm(query, key), -1)
+    return layer.gamma * torch.bmm(value, attention.permute(0, 2, 1)).view(B, C, H, W) + x

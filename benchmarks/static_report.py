@@ -8,7 +8,6 @@ launch code that a GPU would see. ptxas, cuobjdump and nvdisasm come with the Tr
 import argparse
 import collections
 import dataclasses
-import functools
 import json
 import os
 import re
@@ -51,8 +50,19 @@ TARGETS: dict[configs.Arch, tuple[str, int | str, int]] = {
     "gfx942": ("hip", "gfx942", 64),
 }
 # bytes of shared memory a program may have, registers and warps of a multiprocessor
-LIMITS = {"sm_80": (163, 65536, 64), "sm_90": (227, 65536, 64), "sm_100": (227, 65536, 64), "gfx942": (64, 65536, 32)}
-PRECISIONS = {"bf16": torch.bfloat16, "tf32": torch.float32, "tf32x3": torch.float32}
+LIMITS = {
+    "sm_80": (163, 65536, 64),
+    "sm_90": (227, 65536, 64),
+    "sm_100": (227, 65536, 64),
+    "gfx942": (64, 65536, 32),
+}
+PRECISIONS = {"bf16": torch.bfloat16, "tf32": torch.float32, "tf32x3": torch.float32, "fp32": torch.float32}
+ARITHMETIC: dict[str, configs.Arithmetic] = {
+    "bf16": "half",
+    "tf32": "tf32",
+    "tf32x3": "tf32x3",
+    "fp32": "ieee",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,10 +87,37 @@ class Row:
         return self.kernel, self.shape, self.layout, self.precision, self.target
 
 
+def main() -> None:
+    """Compile everything and write the report."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--out", type=Path, default=RESULTS / "static.json")
+    arguments = parser.parse_args()
+    rows = []
+    for target in arguments.targets:
+        for shape, layout, precision in cases(target):
+            if shape in arguments.shapes:
+                rows += compile_case(target, shape, layout, precision)
+                print(f"{target} {shape} {layout} {precision}", file=sys.stderr)
+    write(rows, arguments.out)
+
+
+def write(rows: list[Row], path: Path) -> None:
+    """The rows as JSON, and beside it as a Markdown table."""
+    import triton
+
+    from sagan_kernels.files import write_atomically
+
+    report = {"triton": triton.__version__, "rows": [dataclasses.asdict(row) for row in rows]}
+    text = json.dumps(report, indent=0, ensure_ascii=False)
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
 def cases(target: configs.Arch) -> Iterator[tuple[str, str, str]]:
     """Names of shape, layout and precision that the report has for `target`."""
     for shape in SHAPES:
-        for precision in ("bf16", "tf32x3") if target != "gfx942" else ("bf16",):
+        for precision in ("bf16", "fp32" if target == "gfx942" else "tf32x3"):
             yield shape, "NCHW", precision
         if target == "sm_90":
             yield shape, "NHWC", "bf16"
@@ -98,7 +135,7 @@ def compile_case(target: configs.Arch, shape: str, layout: str, precision: str) 
         return torch.empty(1, rows, width, dtype=PRECISIONS[precision])
 
     q, k, v, g = matrix(L, E), matrix(S, E), matrix(S, Ev), matrix(L, Ev)
-    lse = torch.empty(1, L)
+    lse = torch.empty(1, 2, L)
     side = int(L**0.5)
     x = matrix(L, C).mT.unflatten(2, (side, side))
     calls: list[Callable[[], Any]] = [
@@ -110,7 +147,7 @@ def compile_case(target: configs.Arch, shape: str, layout: str, precision: str) 
     ]
     if S * 4 == L:
         calls.append(lambda: sagan_layer._launch_project_pool(x, q.new_empty(E + Ev, C), None))
-    if configs.layer_tiling(C, E, Ev, q.element_size(), target):
+    if configs.layer_tiling(C, E, Ev, ARITHMETIC[precision], target):
         wq, wo, gamma = q.new_empty(E, C), q.new_empty(C, Ev), torch.zeros(1)
         calls.append(lambda: sagan_layer._launch_sagan_forward(x, wq, None, k, v, wo, None, gamma))
     rows = {}
@@ -120,7 +157,9 @@ def compile_case(target: configs.Arch, shape: str, layout: str, precision: str) 
     return list(rows.values())
 
 
-def _compile(calls: list[Callable[[], Any]], target: configs.Arch, precision: str) -> list[tuple[str, str, Any]]:
+def _compile(
+    calls: list[Callable[[], Any]], target: configs.Arch, precision: str
+) -> list[tuple[str, str, Any]]:
     import triton
     from triton.backends.compiler import GPUTarget
 
@@ -130,7 +169,11 @@ def _compile(calls: list[Callable[[], Any]], target: configs.Arch, precision: st
     def warm_up(self: Any, *args: Any, **keywords: Any) -> Any:
         keywords["warmup"] = True
         compiled = run(self, *args, **keywords)
-        blocks = [f"{k.removeprefix('BLOCK_')} {v}" for k, v in keywords.items() if k in ("BLOCK_L", "BLOCK_S", "BLOCK_O", "BLOCK_C")]
+        blocks = [
+            f"{k.removeprefix('BLOCK_')} {v}"
+            for k, v in keywords.items()
+            if k in ("BLOCK_L", "BLOCK_S", "BLOCK_K", "BLOCK_C")
+        ]
         tiling = f"{' '.join(blocks)} warps {keywords['num_warps']} stages {keywords['num_stages']}"
         found.append((self.fn.__name__.removesuffix("_kernel"), tiling, compiled))
         return compiled
@@ -138,8 +181,8 @@ def _compile(calls: list[Callable[[], Any]], target: configs.Arch, precision: st
     triton.runtime.driver.set_active(_StubDriver(GPUTarget(*TARGETS[target])))
     with (
         mock.patch.object(triton.runtime.jit.JITFunction, "run", warm_up),
-        mock.patch.object(configs, "architecture", lambda device: target),
-        mock.patch.object(configs, "precision", lambda tensor: "ieee" if precision == "bf16" else precision),
+        mock.patch.object(configs, "architecture", return_value=target),
+        mock.patch.object(configs, "arithmetic", return_value=ARITHMETIC[precision]),
     ):
         for call in calls:
             _forget_other_targets()
@@ -149,7 +192,12 @@ def _compile(calls: list[Callable[[], Any]], target: configs.Arch, precision: st
 
 def _forget_other_targets() -> None:
     """A compiled kernel is kept for the current device, which is always the same stub here."""
-    from sagan_kernels.kernels import attention_backward, attention_double_backward, attention_forward, sagan_layer
+    from sagan_kernels.kernels import (
+        attention_backward,
+        attention_double_backward,
+        attention_forward,
+        sagan_layer,
+    )
 
     for module in (attention_forward, attention_backward, attention_double_backward, sagan_layer):
         for kernel in vars(module).values():
@@ -183,15 +231,20 @@ def _resources(compiled: Any, target: str) -> dict[str, int]:
     lanes = 64 if target == "gfx942" else 32
     per_program = -(-registers // 8) * 8 * lanes * warps
     # a multiprocessor keeps 1 KiB of shared memory a program for itself
-    programs = min(file * (2 if target == "gfx942" else 1) // per_program, kib * 1024 // (compiled.metadata.shared + 1024), most_warps // warps)
+    programs = min(
+        file * (2 if target == "gfx942" else 1) // per_program,
+        kib * 1024 // (compiled.metadata.shared + 1024),
+        most_warps // warps,
+    )
+    matrix = ("HGMMA", "HMMA", "UTCHMMA")
     return {
         "registers": registers,
         "spills": spills,
         "shared": compiled.metadata.shared,
         "programs_per_sm": programs,
-        "tensor_core": sum(n for op, n in opcodes.items() if op in ("HGMMA", "HMMA", "UTCHMMA") or op.startswith("v_mfma")),
+        "tensor_core": sum(n for op, n in opcodes.items() if op in matrix or op.startswith("v_mfma")),
         "exponentials": opcodes["MUFU.EX2"] + opcodes["v_exp_f32_e32"],
-    }  # fmt: skip
+    }
 
 
 _OPCODE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)((?:\.[A-Z0-9_]+)*)")
@@ -204,13 +257,17 @@ def _nvidia(compiled: Any) -> tuple[int, int, collections.Counter[str]]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = subprocess.run([tools / "cuobjdump", "--dump-resource-usage", file.name], check=True, capture_output=True, text=True)  # fmt: skip
-        code = subprocess.run([tools / "nvdisasm", "-c", file.name], check=True, capture_output=True, text=True)
+        usage, code = (
+            subprocess.run(
+                [tools / tool, option, file.name], check=True, capture_output=True, text=True
+            ).stdout
+            for tool, option in (("cuobjdump", "--dump-resource-usage"), ("nvdisasm", "-c"))
+        )
     opcodes = collections.Counter(
-        f"{op}.EX2" if op == "MUFU" and ".EX2" in suffix else op for op, suffix in _OPCODE.findall(code.stdout)
+        f"{op}.EX2" if op == "MUFU" and ".EX2" in suffix else op for op, suffix in _OPCODE.findall(code)
     )
-    found = re.search(r"REG:(\d+)", usage.stdout)
-    assert found, usage.stdout
+    found = re.search(r"REG:(\d+)", usage)
+    assert found, usage
     return int(found[1]), opcodes["STL"] + opcodes["LDL"], opcodes
 
 
@@ -225,3 +282,7 @@ def _amd(compiled: Any) -> tuple[int, int, collections.Counter[str]]:
     opcodes = collections.Counter(re.findall(r"^\s+([a-z][a-z0-9_]+)\b", code, re.M))
     scratch = sum(n for op, n in opcodes.items() if op.startswith("scratch_"))
     return number("vgpr_count"), number("vgpr_spill_count") + scratch, opcodes
+
+
+if __name__ == "__main__":
+    main()

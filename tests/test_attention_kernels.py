@@ -4,7 +4,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sagan_kernels import reference
 from sagan_kernels.ops import attention
 
 # (B, L, S, E, Ev): lengths and widths that no tile divides, one key, values wider than one launch takes
@@ -212,7 +211,9 @@ def test_nothing_of_size_ls_is_allocated(device):
             return out
 
     with Largest():
-        orders(inputs, "keys", "triton", [torch.randn(B, L, Ev, device=device), *map(torch.randn_like, inputs)])
+        orders(
+            inputs, "keys", "triton", [torch.randn(B, L, Ev, device=device), *map(torch.randn_like, inputs)]
+        )
     assert largest == L * Ev * 4
 
 

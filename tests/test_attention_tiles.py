@@ -57,7 +57,12 @@ def test_nan_and_infinity_propagate_as_in_the_formula(value):
 
 @pytest.mark.parametrize(
     ("sizes", "expected"),
-    [((8, 64, 16), (8, 64)), ((8, 1024, 256), (1, 1024)), ((1, 4096, 4096), (1, 64)), ((2, 3, 10**9), (1, 1))],
+    [
+        ((8, 64, 16), (8, 64)),
+        ((8, 1024, 256), (1, 1024)),
+        ((1, 4096, 4096), (1, 64)),
+        ((2, 3, 10**9), (1, 1)),
+    ],
 )
 def test_tile_geometry(sizes, expected):
     assert tiles.tile_shape(*sizes, 2**18) == expected

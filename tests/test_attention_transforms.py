@@ -103,7 +103,9 @@ def test_compiles_whole_with_gradients(impl, normalize):
     compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
     inputs = [t.mT.contiguous().mT.requires_grad_() for t in qkv()]  # channels first
     found = torch.autograd.grad(compiled(*inputs).square().sum(), inputs)
-    assert_same(found, torch.autograd.grad(by("reference", normalize=normalize)(*inputs).square().sum(), inputs))
+    assert_same(
+        found, torch.autograd.grad(by("reference", normalize=normalize)(*inputs).square().sum(), inputs)
+    )
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -2,7 +2,8 @@
 
 dq, dk, dv are the gradients of <softmax(q kᵀ) v, g>, and a, b, c the cotangents that a gradient penalty sends them.
 
-Shapes   q, a, q2 (B, L, E)   k, b, k2 (B, S, E)   v, c, v2 (B, S, Ev)   out, g, g2 (B, L, Ev)   lse (B, 2, L)   r, x_sum (B, L)
+Shapes   q, a, q2 (B, L, E)   k, b, k2 (B, S, E)   v, c, v2 (B, S, Ev)   out, g, g2 (B, L, Ev)
+         lse (B, 2, L)   r, x_sum (B, L)
 Traffic  the row pass reads k, b, v, c ⌈L / BLOCK_L⌉ times, the column pass q, a, g ⌈S / BLOCK_S⌉ times.
 Maths    P = exp(q kᵀ - lse)   delta = Σ g ∘ out   T = a kᵀ + q bᵀ   r = Σ P ∘ T   D = g vᵀ - delta
          X = P ∘ ((T - r) ∘ D + g cᵀ)   X -= P ΣX

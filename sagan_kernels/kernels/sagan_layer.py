@@ -1,8 +1,8 @@
 """The SAGAN layer around the attention product: key/value projection with its max-pool, and all the rest at once.
 
-Shapes   x, y (B, C, H, W)   pooled, argmax (B, S, O), S = ⌊H/2⌋·⌊W/2⌋   k (B, S, E)   v (B, S, Ev)
-         weight (O, C)   query_weight (E, C)   out_weight (C, Ev)   biases (O), (E), (C)   gamma one element
-Traffic  projection: reads x ⌈O / BLOCK_O⌉ times, from the second on out of cache; the unpooled projection, four
+Shapes   x, y (B, C, H, W)   pooled, argmax (B, S, K), S = ⌊H/2⌋·⌊W/2⌋   k (B, S, E)   v (B, S, Ev)
+         weight (K, C)   query_weight (E, C)   out_weight (C, Ev)   biases (K), (E), (C)   gamma one element
+Traffic  projection: reads x ⌈K / BLOCK_K⌉ times, from the second on out of cache; the unpooled projection, four
          times the size of what is written, stays on chip. Layer: reads x twice (once cached) and writes y once.
 Maths    sagan_kernels.reference.sagan_attention
 """
@@ -17,30 +17,30 @@ from sagan_kernels.kernels.tiles import indices, load_tile
 @triton.jit
 def project_pool_kernel(
     x_ptr, weight_ptr, bias_ptr, pooled_ptr, argmax_ptr,
-    S, pooled_width, C, O,
+    S, pooled_width, C, K,
     x_image, x_channel, x_height, x_width, weight_row, weight_col,
     pooled_image, pooled_row, pooled_col,
-    BLOCK_S: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, HAS_BIAS: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Computes BLOCK_S positions and BLOCK_O channels of max_pool2d(weight x + bias, 2) for one image.
+    """Computes BLOCK_S positions and BLOCK_K channels of max_pool2d(weight x + bias, 2) for one image.
 
     argmax is 0, 1, 2, 3 for the window's elements in scan order; the first of equals wins, and NaN wins over numbers,
-    as in torch. Grid: (B · ⌈S / BLOCK_S⌉ · ⌈O / BLOCK_O⌉,), channels innermost so that x is read from cache.
+    as in torch. Grid: (B · ⌈S / BLOCK_S⌉ · ⌈K / BLOCK_K⌉,), channels innermost so that x is read from cache.
     """
-    parts, tiles = tl.cdiv(O, BLOCK_O), tl.cdiv(S, BLOCK_S)
+    parts, tiles = tl.cdiv(K, BLOCK_K), tl.cdiv(S, BLOCK_S)
     image = (tl.program_id(0) // (parts * tiles)).to(tl.int64)
     rows = indices(tl.program_id(0) // parts % tiles * BLOCK_S, BLOCK_S, WIDE)
-    outs = indices(tl.program_id(0) % parts * BLOCK_O, BLOCK_O, WIDE)
+    outs = indices(tl.program_id(0) % parts * BLOCK_K, BLOCK_K, WIDE)
     window = rows // pooled_width * 2 * x_height + rows % pooled_width * 2 * x_width  # its first element
     x_ptr += image * x_image
 
-    first, second = tl.zeros((BLOCK_S, BLOCK_O), ACC), tl.zeros((BLOCK_S, BLOCK_O), ACC)
-    third, fourth = tl.zeros((BLOCK_S, BLOCK_O), ACC), tl.zeros((BLOCK_S, BLOCK_O), ACC)
+    first, second = tl.zeros((BLOCK_S, BLOCK_K), ACC), tl.zeros((BLOCK_S, BLOCK_K), ACC)
+    third, fourth = tl.zeros((BLOCK_S, BLOCK_K), ACC), tl.zeros((BLOCK_S, BLOCK_K), ACC)
     for start in range(0, C, BLOCK_C):
         c = indices(start, BLOCK_C, WIDE)
         weight_at = c[:, None] * weight_col + outs[None, :] * weight_row
-        w = tl.load(weight_ptr + weight_at, mask=(c[:, None] < C) & (outs[None, :] < O), other=0.0)
+        w = tl.load(weight_ptr + weight_at, mask=(c[:, None] < C) & (outs[None, :] < K), other=0.0)
         at = x_ptr + window[:, None] + c[None, :] * x_channel
         inside = (rows[:, None] < S) & (c[None, :] < C)
         x = tl.load(at, mask=inside, other=0.0)
@@ -52,14 +52,14 @@ def project_pool_kernel(
         x = tl.load(at + x_height + x_width, mask=inside, other=0.0)
         fourth = tl.dot(x, w, fourth, input_precision=PRECISION, out_dtype=ACC)
 
-    best, which = first, tl.zeros((BLOCK_S, BLOCK_O), tl.int32)
+    best, which = first, tl.zeros((BLOCK_S, BLOCK_K), tl.int32)
     best, which = _larger(best, which, second, 1)
     best, which = _larger(best, which, third, 2)
     best, which = _larger(best, which, fourth, 3)
     if HAS_BIAS:
-        best += tl.load(bias_ptr + outs, mask=outs < O, other=0.0).to(ACC)[None, :]
+        best += tl.load(bias_ptr + outs, mask=outs < K, other=0.0).to(ACC)[None, :]
     pooled_at = image * pooled_image + rows[:, None] * pooled_row + outs[None, :] * pooled_col
-    inside = (rows[:, None] < S) & (outs[None, :] < O)
+    inside = (rows[:, None] < S) & (outs[None, :] < K)
     tl.store(pooled_ptr + pooled_at, best.to(pooled_ptr.dtype.element_ty), mask=inside)
     tl.store(argmax_ptr + pooled_at, which.to(tl.uint8), mask=inside)
 
@@ -133,4 +133,6 @@ def sagan_forward_kernel(
         inside = (rows[:, None] < L) & (c[None, :] < C)
         x = tl.load(x_ptr + rows[:, None] * x_row + c[None, :] * x_col, mask=inside, other=0.0)
         y = x.to(ACC) + gamma * moved
-        tl.store(y_ptr + rows[:, None] * y_row + c[None, :] * y_col, y.to(y_ptr.dtype.element_ty), mask=inside)
+        tl.store(
+            y_ptr + rows[:, None] * y_row + c[None, :] * y_col, y.to(y_ptr.dtype.element_ty), mask=inside
+        )

@@ -107,14 +107,20 @@ class PaperSelfAttention2d(nn.Module):
 
 def _check_channels(module: nn.Module, channels: int) -> None:
     if channels < 8 or channels % 8:
-        raise ValueError(f"{type(module).__name__}: channels must be a positive multiple of 8, got {channels}")
+        raise ValueError(
+            f"{type(module).__name__}: channels must be a positive multiple of 8, got {channels}"
+        )
 
 
 def _attention_map(query: Tensor, key: Tensor, positions: Tensor | None) -> Tensor:
     rows = reference.positions(query)  # (B, L, E)
     if positions is not None:
         L = rows.shape[1]
-        if positions.ndim != 1 or positions.is_floating_point() or not ((0 <= positions) & (positions < L)).all():
+        if (
+            positions.ndim != 1
+            or positions.is_floating_point()
+            or not ((positions >= 0) & (positions < L)).all()
+        ):
             raise ValueError(
                 f"attention_map: positions must be 1-D integers from 0 to {L - 1}, got {positions.tolist()};"
                 " position (y, x) is y · W + x"

@@ -44,7 +44,7 @@ def attention(
     _check(query, key, value)
     if normalize not in ("keys", "queries"):
         raise ValueError(f"attention: normalize must be 'keys' or 'queries', got {normalize!r}")
-    query, key, value = _autocast(query, key, value)
+    query, key, value = _autocast(query), _autocast(key), _autocast(value)
     chosen = choose(impl, query)
     out = _attention(query, key, value, normalize, chosen)
     # backward reads out: what the caller may modify in place must be another tensor
@@ -114,7 +114,9 @@ def sagan_attention(
     if out_weight is None and Ev != C:
         raise ValueError(f"sagan_attention: without out_weight value_weight must be (C, C), got {(Ev, C)}")
     if out_weight is None and out_bias is not None:
-        raise ValueError("sagan_attention: out_bias needs an out_weight, got None; leave both out or give both")
+        raise ValueError(
+            "sagan_attention: out_bias needs an out_weight, got None; leave both out or give both"
+        )
     if gamma.numel() != 1:
         raise ValueError(f"sagan_attention: gamma must have one element, got {tuple(gamma.shape)}")
     gamma = gamma.reshape(())
@@ -130,8 +132,10 @@ def sagan_attention(
             pool=pool, normalize=normalize,
         )  # fmt: skip
     if chosen == "triton" and pool:
-        cast_x, weight, bias = _autocast(x, *_stacked(key_weight, value_weight, key_bias, value_bias))
-        pooled = project_pool(cast_x, weight.flatten(1), bias)
+        weight, bias = _stacked(key_weight, value_weight, key_bias, value_bias)
+        pooled = project_pool(
+            _autocast(x), _autocast(weight.flatten(1)), bias if bias is None else _autocast(bias)
+        )
         key, value = pooled[..., :E], pooled[..., E:]
     else:
         key, value = F.conv2d(x, key_weight, key_bias), F.conv2d(x, value_weight, value_bias)
@@ -191,13 +195,12 @@ def _stacked(
     return weight, torch.cat(parts)
 
 
-def _autocast(*tensors: Tensor | None) -> tuple[Tensor, ...]:
-    """The tensors in autocast's dtype where it is on, as a convolution would take them."""
-    device = next(t.device.type for t in tensors if t is not None)
-    if not torch.is_autocast_enabled(device):
-        return tensors  # type: ignore[return-value]
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)  # type: ignore[return-value,misc]
+def _autocast(tensor: Tensor) -> Tensor:
+    """The tensor in autocast's dtype where it is on, as a convolution would take it."""
+    device = tensor.device.type
+    if not torch.is_autocast_enabled(device) or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(device))
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor) -> None:

@@ -27,8 +27,8 @@ _ops = torch.ops.sagan_kernels
 def attention_and_lse(query: Tensor, key: Tensor, value: Tensor, impl: str) -> tuple[Tensor, Tensor]:
     """Out (B, L, Ev) of softmax(query keyᵀ) value, and its base-2 log-sum-exp, which has no gradient.
 
-    lse is (B, 2, L), to be added, or (B, 0) where `impl` is "torch", which finds the softmax anew instead. Do not modify out in
-    place: backward reads it.
+    lse is (B, 2, L), two numbers to be added, or (B, 0) where `impl` is "torch", which finds the softmax anew
+    instead. Do not modify out in place: backward reads it.
     """
     if torch.compiler.is_compiling():
         return _ops.attention_forward(query, key, value, impl)

@@ -20,7 +20,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
 
     out = empty_like_rows(query, value)
     lse = query.new_empty(query.shape[0], 2, query.shape[1], dtype=_sum_dtype(query))
-    for part in _value_parts("forward", query, value):
+    for part in _value_parts(("forward",), query, value):
         tensors = (query, key, value[..., part], out[..., part])
         pointers = (*tensors, lse)
         _launch(attention_forward_kernel, "forward", pointers, tensors, "rows")
@@ -34,7 +34,7 @@ def over_queries(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     lse = key.new_empty(key.shape[0], 2, key.shape[1], dtype=_sum_dtype(key))
     _launch(attention_lse_kernel, "lse", (key, query, lse), (key, query), "rows")
     out = empty_like_rows(query, value)
-    for part in _value_parts("over_queries", query, value):
+    for part in _value_parts(("over_queries",), query, value):
         tensors = (query, key, value[..., part], out[..., part])
         _launch(
             attention_over_queries_kernel, "over_queries", (*tensors[:3], lse, tensors[3]), tensors, "rows"
@@ -54,8 +54,9 @@ def backward(
     delta = lse.new_empty(query.shape[:2])
     lse = lse.contiguous()  # under vmap it may be expanded
     grad_value = torch.empty_like(value)
-    sums_query, sums_key = [], []
-    for part in _value_parts("column", query, value):
+    sums_query: list[Tensor] = []
+    sums_key: list[Tensor] = []
+    for part in _value_parts(("row", "column"), query, value):
         q, k, v, o, g = query, key, value[..., part], out[..., part], grad[..., part]
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), grad_value[..., part]
         _launch(
@@ -90,8 +91,9 @@ def double_backward(
     delta, r, x_sum = (lse.new_empty(query.shape[:2]) for _ in range(3))
     lse = lse.contiguous()
     value2, grad2 = torch.empty_like(value), empty_like_rows(query, value)
-    sums_query, sums_key = [], []
-    for part in _value_parts("double_column", query, value):
+    sums_query: list[Tensor] = []
+    sums_key: list[Tensor] = []
+    for part in _value_parts(("double_row", "double_column"), query, value):
         q, k, v, o, g, c_part = query, key, value[..., part], out[..., part], grad[..., part], c[..., part]
         q2, k2, v2, g2 = torch.empty_like(q), torch.empty_like(k), value2[..., part], grad2[..., part]
         # r · grad_query is counted once: grad_query is the sum over the parts
@@ -123,7 +125,7 @@ def tangent(
 
     lse = lse.contiguous()
     result = empty_like_rows(query, value)
-    for part in _value_parts("tangent", query, value):
+    for part in _value_parts(("tangent",), query, value):
         tensors = (query, key, value[..., part], out[..., part], a, b, c[..., part], result[..., part])
         _launch(attention_tangent_kernel, "tangent", (*tensors[:4], lse, *tensors[4:]), tensors, "rows")
     return result
@@ -167,10 +169,11 @@ def _launch(
         )  # fmt: skip
 
 
-def _value_parts(kernel: configs.Kernel, query: Tensor, value: Tensor) -> Iterator[slice]:
-    """Slices of the value columns, each as wide as one launch takes."""
-    Ev = value.shape[2]
-    width = configs.value_part(kernel, query.shape[2], Ev, configs.arithmetic(query))
+def _value_parts(kernels: tuple[configs.Kernel, ...], query: Tensor, value: Tensor) -> Iterator[slice]:
+    """Slices of the value columns, each as wide as one launch of each of `kernels` takes."""
+    E, Ev = query.shape[2], value.shape[2]
+    arithmetic, arch = configs.arithmetic(query), configs.architecture(query.device)
+    width = min(configs.value_part(kernel, E, Ev, arithmetic, arch) for kernel in kernels)
     return (slice(start, min(start + width, Ev)) for start in range(0, Ev, width))
 
 
@@ -193,6 +196,7 @@ def input_precision(arithmetic: configs.Arithmetic) -> str:
 
 
 def triton_dtype(tensor: Tensor) -> Any:
+    """The dtype sums over `tensor` are kept in, as Triton names it."""
     import triton.language as tl
 
     return tl.float64 if tensor.dtype == torch.float64 else tl.float32

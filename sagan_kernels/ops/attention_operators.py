@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from sagan_kernels.ops import attention_launch, attention_tiles
 
@@ -98,27 +97,32 @@ def _fake_like(tensor: Tensor, impl: str) -> Tensor:
 
 
 def save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """Keep inputs and outputs for `grad_forward`."""
     *tensors, ctx.impl = inputs
     ctx.save_for_backward(*tensors, *output)
 
 
 def save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """Keep inputs and the gradient of query for `grad_backward`."""
     *tensors, ctx.impl = inputs
     ctx.save_for_backward(*tensors, output[0])
 
 
 def save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """Keep the inputs."""
     *tensors, ctx.impl = inputs
     ctx.save_for_backward(*tensors)
 
 
 def grad_forward(backward: Callable[..., Any], ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of `attention_forward`'s inputs."""
     return (*backward(*ctx.saved_tensors, grad, ctx.impl), None)
 
 
 def grad_backward(
     double_backward: Callable[..., Any], ctx: Any, a: Tensor, b: Tensor, c: Tensor
 ) -> tuple[Tensor | None, ...]:
+    """Gradients of `attention_backward`'s inputs."""
     query2, key2, value2, grad2 = double_backward(*ctx.saved_tensors, a, b, c, ctx.impl)
     # out and lse are functions of query, key and value, and what they contribute is in the formula
     return query2, key2, value2, None, None, grad2, None
@@ -127,6 +131,7 @@ def grad_backward(
 def grad_tangent(
     backward: Callable[..., Any], double_backward: Callable[..., Any], ctx: Any, grad: Tensor
 ) -> tuple[Tensor | None, ...]:
+    """Gradients of `attention_tangent`'s inputs."""
     *primals, a, b, c = ctx.saved_tensors
     grad_a, grad_b, grad_c = backward(*primals, grad, ctx.impl)
     query2, key2, value2, _ = double_backward(*primals, grad, grad_a, a, b, c, ctx.impl)
@@ -136,6 +141,7 @@ def grad_tangent(
 def grad_over_queries(
     forward: Callable[..., Any], backward: Callable[..., Any], ctx: Any, grad: Tensor
 ) -> tuple[Tensor | None, ...]:
+    """Gradients of `attention_over_queries`' inputs."""
     # <Pᵀ value, grad> = <P grad, value>, and P grad is ordinary attention of key over query, with grad for values
     query, key, value = ctx.saved_tensors
     grad_value, lse = forward(key, query, grad, ctx.impl)
@@ -144,6 +150,7 @@ def grad_over_queries(
 
 
 def third_order(ctx: Any, *grads: Tensor) -> None:
+    """Refuse."""
     raise NotImplementedError(
         "attention: gradients of third order are not implemented; impl='reference' has every order"
     )

@@ -26,12 +26,12 @@ def stores_map(B: int, L: int, S: int, differentiated: bool) -> bool:
 
     Without tiles there are fewer calls, and the map need not be computed anew for a gradient: 8 MiB at most.
     """
-    return B * L * S <= (2**21 if differentiated else 2**18)
+    return (2**21 if differentiated else 2**18) >= B * L * S
 
 
 def tile_shape(B: int, L: int, S: int, tile: int = TILE) -> tuple[int, int]:
     """How many images and how many query rows of each a tile of at most `tile` scores holds, at least one of each."""
-    if L * S <= tile:
+    if tile >= L * S:
         return max(1, min(B, tile // (L * S))), L
     return 1, max(1, tile // S)
 
@@ -93,7 +93,15 @@ def backward(
 
 @_in_float32
 def double_backward(
-    query: Tensor, key: Tensor, value: Tensor, grad: Tensor, a: Tensor, b: Tensor, c: Tensor, *, tile: int = TILE
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grad: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    *,
+    tile: int = TILE,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of <grad_query, a> + <grad_key, b> + <grad_value, c> for query, key, value and grad."""
     query2, grad2 = query.new_empty(query.shape), grad.new_empty(grad.shape)
@@ -135,7 +143,9 @@ def tangent(
     return result
 
 
-def _tiles(query: Tensor, key: Tensor, buffers: int, tile: int) -> Iterator[tuple[slice, slice, tuple[Tensor, ...]]]:
+def _tiles(
+    query: Tensor, key: Tensor, buffers: int, tile: int
+) -> Iterator[tuple[slice, slice, tuple[Tensor, ...]]]:
     """Slices of images and of query rows, with buffers of that many rows by S, which are used again and again."""
     (B, L, _), S = query.shape, key.shape[1]
     n, m = tile_shape(B, L, S, tile)

@@ -1,7 +1,9 @@
-"""How each attention kernel is cut into tiles: pure functions of widths, dtype and architecture.
+"""How each attention kernel is cut into tiles: pure functions of widths, arithmetic and architecture.
 
 The choice is made from tables, not by timing at run time: the same call always runs the same code, CUDA graphs can
-capture it, and `benchmarks/static_report.py` can compile all that may ever run and count its registers.
+capture it, and `benchmarks/static_report.py` can compile all that may ever run and count its registers. The tables
+hold the largest tiles that were found to compile without spilling registers and to leave room for two programs on a
+multiprocessor. They have not been timed on a GPU yet.
 """
 
 from dataclasses import dataclass
@@ -26,34 +28,19 @@ class Tiling:
 
     block_l: int
     block_s: int
-    num_warps: int
-    num_stages: int
-
-
-def width_block(width: int) -> int:
-    """The power of two that holds `width`; `tl.dot` needs 16 lanes, and SAGAN's E = C/8 is 8 at C = 64."""
-    return max(16, 1 << (width - 1).bit_length())
-
-
-def value_part(kernel: Kernel, E: int, Ev: int, arithmetic: Arithmetic) -> int:
-    """How many value columns one launch takes; wider values are cut, which is exact, since attention is linear in them."""
-    return min(Ev, 128)
-
-
-def tiling(kernel: Kernel, E: int, Ev: int, arithmetic: Arithmetic, arch: Arch) -> Tiling:
-    """The tiling of `kernel` at key width E and value width Ev (at most `value_part`) for elements of `itemsize` bytes."""
-    return Tiling(64, 64, 4, 2)
+    num_warps: int = 4
+    num_stages: int = 2
 
 
 @dataclass(frozen=True)
 class ProjectionTiling:
-    """What one program of the pooled projection holds: block_s positions, block_o channels, block_c at a time."""
+    """What one program of the pooled projection holds: block_s positions, block_k channels, block_c at a time."""
 
     block_s: int
-    block_o: int
+    block_k: int
     block_c: int
-    num_warps: int
-    num_stages: int
+    num_warps: int = 4
+    num_stages: int = 2
 
 
 @dataclass(frozen=True)
@@ -63,20 +50,126 @@ class LayerTiling:
     block_l: int
     block_s: int
     block_c: int
-    num_warps: int
-    num_stages: int
+    num_warps: int = 4
+    num_stages: int = 2
 
 
-def projection_tiling(C: int, O: int, arithmetic: Arithmetic, arch: Arch) -> ProjectionTiling:  # noqa: E741
-    """The tiling of the pooled projection from C to O channels."""
-    return ProjectionTiling(32, min(width_block(O), 64), min(width_block(C), 64), 4, 2)
+# For each kernel rows of (widest key, widest value part, block_l, block_s), the first that is wide enough counts.
+_Table = dict[Kernel, tuple[tuple[int, int, int, int], ...]]
+
+_HALF_90: _Table = {
+    "forward": ((64, 32, 64, 128), (64, 128, 64, 64), (256, 128, 32, 32)),
+    "lse": ((64, 0, 64, 128), (256, 0, 32, 64)),
+    "over_queries": ((64, 64, 64, 128), (64, 128, 64, 32), (256, 128, 32, 32)),
+    "row": ((64, 128, 64, 64), (256, 128, 32, 32)),
+    "column": ((64, 128, 64, 64), (256, 128, 32, 32)),
+    "double_row": ((32, 64, 64, 32), (64, 64, 32, 32), (256, 64, 16, 16)),
+    "double_column": ((16, 64, 64, 64), (64, 64, 32, 64), (256, 64, 16, 16)),
+    "tangent": ((32, 128, 64, 64), (64, 128, 64, 32), (256, 128, 16, 32)),
+}
+_HALF_80: _Table = {
+    "forward": ((64, 32, 64, 64), (32, 128, 64, 32), (64, 128, 32, 64), (256, 128, 32, 32)),
+    "lse": ((64, 0, 64, 128), (256, 0, 32, 64)),
+    "over_queries": (
+        (64, 32, 64, 128),
+        (32, 64, 64, 64),
+        (32, 128, 64, 32),
+        (64, 128, 32, 64),
+        (256, 128, 32, 32),
+    ),
+    "row": ((64, 128, 64, 64), (256, 128, 32, 32)),
+    "column": ((64, 64, 64, 64), (32, 128, 32, 64), (64, 128, 32, 32), (256, 128, 32, 32)),
+    "double_row": ((16, 64, 64, 32), (64, 64, 32, 32), (256, 64, 16, 16)),
+    "double_column": ((16, 64, 64, 64), (64, 64, 32, 32), (256, 64, 16, 16)),
+    "tangent": ((32, 32, 64, 64), (64, 128, 64, 32), (256, 128, 16, 32)),
+}
+_TF32_90: _Table = {
+    "forward": ((64, 128, 64, 64), (256, 128, 32, 32)),
+    "lse": ((32, 0, 64, 128), (64, 0, 64, 64), (256, 0, 32, 32)),
+    "over_queries": ((64, 128, 64, 64), (256, 128, 32, 32)),
+    "row": ((64, 64, 64, 64), (256, 64, 16, 32)),
+    "column": ((16, 32, 64, 64), (64, 64, 32, 64), (256, 64, 16, 32)),
+    "double_row": ((16, 32, 64, 32), (64, 32, 16, 32), (256, 32, 16, 16)),
+    "double_column": ((16, 32, 64, 64), (64, 32, 32, 64), (256, 32, 16, 16)),
+    "tangent": ((64, 64, 64, 32), (256, 64, 16, 32)),
+}
+_TF32X3_90: _Table = {
+    "forward": ((64, 64, 64, 64), (256, 64, 32, 32)),
+    "lse": ((32, 0, 64, 128), (64, 0, 64, 64), (256, 0, 32, 32)),
+    "over_queries": ((64, 64, 64, 64), (256, 64, 32, 32)),
+    "row": ((32, 64, 64, 64), (64, 64, 64, 32), (256, 64, 16, 32)),
+    "column": ((64, 32, 32, 64), (256, 32, 16, 32)),
+    "double_row": ((16, 32, 64, 16), (32, 32, 16, 32), (64, 32, 16, 16), (256, 32, 16, 16)),
+    "double_column": ((32, 32, 32, 64), (64, 32, 32, 32), (256, 32, 16, 16)),
+    "tangent": ((64, 64, 64, 32), (256, 64, 16, 32)),
+}
+_TF32X3_80: _Table = {
+    "forward": ((32, 64, 64, 32), (64, 64, 32, 32), (256, 64, 32, 32)),
+    "lse": ((32, 0, 64, 64), (64, 0, 64, 32), (256, 0, 32, 32)),
+    "over_queries": ((32, 64, 64, 32), (64, 64, 32, 32), (256, 64, 32, 32)),
+    "row": ((64, 32, 64, 32), (256, 32, 16, 32)),
+    "column": ((16, 16, 32, 64), (64, 32, 32, 32), (256, 32, 16, 32)),
+    "double_row": ((16, 32, 64, 16), (32, 32, 16, 32), (64, 32, 16, 16), (256, 32, 16, 16)),
+    "double_column": ((32, 32, 16, 64), (64, 32, 32, 16), (256, 32, 16, 16)),
+    "tangent": ((32, 32, 64, 32), (64, 32, 32, 32), (256, 32, 16, 32)),
+}
+_TABLES: dict[tuple[Arithmetic, Arch], _Table] = {
+    ("half", "sm_80"): _HALF_80,
+    ("half", "sm_90"): _HALF_90,
+    ("half", "sm_100"): _HALF_90,
+    ("half", "gfx942"): _HALF_80,
+    ("tf32", "sm_80"): _TF32X3_80,
+    ("tf32", "sm_90"): _TF32_90,
+    ("tf32", "sm_100"): _TF32_90,
+    ("tf32x3", "sm_80"): _TF32X3_80,
+    ("tf32x3", "sm_90"): _TF32X3_90,
+    ("tf32x3", "sm_100"): _TF32X3_90,
+    ("ieee", "gfx942"): _TF32X3_80,
+    ("ieee", "sm_90"): _HALF_90,  # the interpreter
+}
+
+
+def width_block(width: int) -> int:
+    """The power of two that holds `width`; `tl.dot` needs 16 lanes, and SAGAN's E = C/8 is 8 at C = 64."""
+    return max(16, 1 << (width - 1).bit_length())
+
+
+def value_part(kernel: Kernel, E: int, Ev: int, arithmetic: Arithmetic, arch: Arch) -> int:
+    """How many value columns one launch takes. Wider values are cut, which is exact: attention is linear in them."""
+    return min(Ev, max(row[1] for row in _TABLES[arithmetic, arch][kernel] if row[0] >= E))
+
+
+def tiling(kernel: Kernel, E: int, Ev: int, arithmetic: Arithmetic, arch: Arch) -> Tiling:
+    """The tiling of `kernel` for keys of width E, at most 256, and values of width Ev, at most `value_part`."""
+    for widest_key, widest_value, block_l, block_s in _TABLES[arithmetic, arch][kernel]:
+        if width_block(E) <= widest_key and (kernel == "lse" or width_block(Ev) <= widest_value):
+            return Tiling(block_l, block_s)
+    raise AssertionError(f"no tiling of {kernel} for E {E}, Ev {Ev}")
+
+
+def projection_tiling(C: int, K: int, arithmetic: Arithmetic, arch: Arch) -> ProjectionTiling:
+    """The tiling of the pooled projection from C to K channels."""
+    if arithmetic == "half":
+        return ProjectionTiling(32, min(width_block(K), 64), min(width_block(C), 64))
+    if arithmetic == "tf32":
+        return ProjectionTiling(32, min(width_block(K), 64), min(width_block(C), 32))
+    return ProjectionTiling(16, min(width_block(K), 64), min(width_block(C), 32))
 
 
 def layer_tiling(C: int, E: int, Ev: int, arithmetic: Arithmetic, arch: Arch) -> LayerTiling | None:
-    """The tiling of the fused layer, or None where separate kernels are the faster choice."""
-    if Ev > 128 or E > 64:
+    """The tiling of the fused layer, or None where separate kernels are the faster choice.
+
+    The output of all value columns must fit one program's registers, so that the out projection can follow.
+    """
+    E, Ev = width_block(E), width_block(Ev)
+    if E > 64 or Ev > (128 if arithmetic in ("half", "tf32") else 64):
         return None
-    return LayerTiling(64, 64, min(width_block(C), 64), 4, 2)
+    block_c = min(width_block(C), 64)
+    if arithmetic == "half" and arch != "sm_80" and Ev <= 64:
+        return LayerTiling(64, 128, block_c)
+    if arithmetic in ("half", "tf32"):
+        return LayerTiling(64, 64, block_c)
+    return LayerTiling(64, 32, min(block_c, 32)) if E < 64 or arch != "sm_80" else None
 
 
 def architecture(device: torch.device) -> Arch:
@@ -100,5 +193,5 @@ def arithmetic(tensor: Tensor) -> Arithmetic:
         return "ieee"
     allowed = torch.backends.cuda.matmul.fp32_precision
     if allowed == "none":
-        allowed = torch.backends.fp32_precision
+        allowed = torch.backends.fp32_precision  # type: ignore[attr-defined]
     return "tf32" if allowed == "tf32" else "tf32x3"

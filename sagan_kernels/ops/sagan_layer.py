@@ -14,7 +14,7 @@ _ops = torch.ops.sagan_kernels
 
 
 def project_pool(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The 2×2 max-pool of a 1×1 convolution in one Triton kernel: (B, C, H, W) -> (B, ⌊H/2⌋·⌊W/2⌋, O).
+    """The 2×2 max-pool of a 1×1 convolution in one Triton kernel: (B, C, H, W) -> (B, ⌊H/2⌋·⌊W/2⌋, K).
 
     Gradients: of every order; ties go to the first element of the window in scan order, as in `max_pool2d`.
     """
@@ -43,18 +43,18 @@ def sagan_forward(
 def _launch_project_pool(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     from sagan_kernels.kernels.sagan_layer import project_pool_kernel
 
-    (B, C, H, W), O = x.shape, weight.shape[0]  # noqa: E741
+    (B, C, H, W), K = x.shape, weight.shape[0]
     S = (H // 2) * (W // 2)
     pooled, argmax = _fake_project_pool(x, weight, bias)
     arithmetic = configs.arithmetic(x)
-    tile = configs.projection_tiling(C, O, arithmetic, configs.architecture(x.device))
+    tile = configs.projection_tiling(C, K, arithmetic, configs.architecture(x.device))
     with current(x.device):
-        project_pool_kernel[B * -(-S // tile.block_s) * -(-O // tile.block_o),](
+        project_pool_kernel[B * -(-S // tile.block_s) * -(-K // tile.block_k),](
             x, weight, bias, pooled, argmax,
-            S, W // 2, C, O,
+            S, W // 2, C, K,
             *x.stride(), *weight.stride(), *pooled.stride(),
-            BLOCK_S=tile.block_s, BLOCK_O=tile.block_o, BLOCK_C=tile.block_c, HAS_BIAS=bias is not None,
-            WIDE=x[0].numel() and sum((n - 1) * s for n, s in zip(x.shape[1:], x.stride()[1:])) >= 2**30,
+            BLOCK_S=tile.block_s, BLOCK_K=tile.block_k, BLOCK_C=tile.block_c, HAS_BIAS=bias is not None,
+            WIDE=(H + 1) * x.stride(2) + (W + 64) * x.stride(3) + (C + 64) * x.stride(1) >= 2**31,
             PRECISION=input_precision(arithmetic), ACC=triton_dtype(x),
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
@@ -62,12 +62,12 @@ def _launch_project_pool(x: Tensor, weight: Tensor, bias: Tensor | None) -> tupl
 
 
 def _fake_project_pool(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    (B, _, H, W), O = x.shape, weight.shape[0]  # noqa: E741
+    (B, _, H, W), K = x.shape, weight.shape[0]
     S = (H // 2) * (W // 2)
-    stride = (S * O, O, 1) if x.stride(1) == 1 else (S * O, 1, S)
+    stride = (S * K, K, 1) if x.stride(1) == 1 else (S * K, 1, S)
     return (
-        x.new_empty_strided((B, S, O), stride),
-        x.new_empty_strided((B, S, O), stride, dtype=torch.uint8),
+        x.new_empty_strided((B, S, K), stride),
+        x.new_empty_strided((B, S, K), stride, dtype=torch.uint8),
     )
 
 
@@ -80,17 +80,16 @@ def _grad_project_pool(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, .
 
 
 def _unpool(pooled: Tensor, argmax: Tensor, size: torch.Size) -> Tensor:
-    """(B, S, O) -> (B, O, H, W): each value at its window's argmax, 0 elsewhere. Deterministic, unlike max_unpool2d."""
+    """(B, S, K) -> (B, K, H, W): each value at its window's argmax, 0 elsewhere. Deterministic, unlike max_unpool2d."""
     H, W = size
     window = torch.arange(4, device=argmax.device)
-    spread = torch.where(argmax[..., None] == window, pooled[..., None], 0)  # (B, S, O, 4)
+    spread = torch.where(argmax[..., None] == window, pooled[..., None], 0)  # (B, S, K, 4)
     spread = spread.permute(0, 2, 3, 1).flatten(1, 2).unflatten(2, (H // 2, W // 2))
     return F.pad(F.pixel_shuffle(spread, 2), (0, W % 2, 0, H % 2))
 
 
 def _save_project_pool(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, bias = inputs
-    ctx.save_for_backward(x, weight, output[1])
+    ctx.save_for_backward(*inputs[:2], output[1])
 
 
 class _ProjectPool(Function):
@@ -116,7 +115,9 @@ class _ProjectPool(Function):
             moved = moved + torch.einsum("bchw,oc->bohw", x, dweight)
         if moved.ndim:
             H, W = x.shape[2] // 2 * 2, x.shape[3] // 2 * 2
-            windows = F.pixel_unshuffle(moved[..., :H, :W], 2).unflatten(1, (-1, 4)).flatten(3)  # (B, O, 4, S)
+            windows = (
+                F.pixel_unshuffle(moved[..., :H, :W], 2).unflatten(1, (-1, 4)).flatten(3)
+            )  # (B, K, 4, S)
             moved = windows.permute(0, 3, 1, 2).gather(3, argmax.long()[..., None])[..., 0]
         moved = moved if dbias is None else moved + dbias
         return moved.expand(argmax.shape), None
@@ -130,7 +131,9 @@ class _ProjectPool(Function):
             return (pooled.unflatten(0, (n, -1)), argmax.unflatten(0, (n, -1))), (0, 0)
         # a weight for every element: no kernel shares its reads, so one after the other loses nothing
         each = [
-            _ProjectPool.apply(*(t if t is None or d is None else t.select(d, i) for t, d in zip(args, in_dims)))
+            _ProjectPool.apply(
+                *(t if t is None or d is None else t.select(d, i) for t, d in zip(args, in_dims, strict=True))
+            )
             for i in range(n)
         ]
         return (torch.stack([p for p, _ in each]), torch.stack([a for _, a in each])), (0, 0)
@@ -148,7 +151,8 @@ def _launch_sagan_forward(
 ) -> Tensor:
     from sagan_kernels.kernels.sagan_layer import sagan_forward_kernel
 
-    (B, C, H, W), (_, S, E), Ev, L = x.shape, key.shape, value.shape[2], x.shape[2] * x.shape[3]
+    (B, C, H, W), (_, S, E), Ev = x.shape, key.shape, value.shape[2]
+    L = H * W
     y = torch.empty_like(x)
     arithmetic = configs.arithmetic(x)
     tile = configs.layer_tiling(C, E, Ev, arithmetic, configs.architecture(x.device))
