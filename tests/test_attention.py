@@ -115,6 +115,44 @@ def test_shapes_that_do_not_fit_are_named(shapes, message):
         attention(*(torch.zeros(s) for s in shapes))
 
 
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({1: torch.zeros(1, 4, 8).long()}, TypeError, "key must be floating-point, got torch.int64"),
+        ({2: torch.zeros(1, 4, 8).double()}, ValueError, "one dtype, got torch.float32 and torch.float64"),
+        ({2: torch.zeros(1, 4, 8, device="meta")}, ValueError, "on one device, got cpu and meta"),
+    ],
+)
+def test_kinds_that_do_not_fit_are_named(change, error, message):
+    inputs = [change.get(i, torch.zeros(1, 4, 8)) for i in range(3)]
+    with pytest.raises(error, match=message):
+        attention(*inputs)
+
+
+def test_unknown_normalization_is_refused():
+    with pytest.raises(ValueError, match="normalize must be 'keys' or 'queries', got 'rows'"):
+        attention(*qkv(SHAPES[1]), normalize="rows")
+
+
+def test_distributed_tensors_are_refused_with_what_to_do():
+    class DTensor(torch.Tensor):
+        pass
+
+    q, k, v = qkv(SHAPES[1], grad=False)
+    with pytest.raises(TypeError, match=r"key must be a plain tensor, got a DTensor; .* full_tensor\(\)"):
+        attention(q, k.as_subclass(DTensor), v)
+
+
+@pytest.mark.parametrize("sizes", [(0, 4, 5), (2, 0, 5), (2, 4, 0)])
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+def test_empty_tensors_give_what_the_formula_gives(impl, sizes):
+    B, L, S = sizes
+    inputs = qkv((B, L, S, 3, 4))
+    out = attention(*inputs, impl=impl)
+    torch.testing.assert_close(out, reference.attention(*inputs))
+    torch.autograd.grad(out.sum(), inputs)
+
+
 def test_feature_map_too_small_to_pool_is_refused():
     with pytest.raises(ValueError, match=r"H and W at least 2, got \(2, 16, 1, 4\)"):
         SelfAttention2d(16)(torch.zeros(2, 16, 1, 4))
