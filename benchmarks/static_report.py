@@ -1,14 +1,14 @@
-"""What every attention kernel costs on GPUs that are not there: python benchmarks/static_report.py [--check N].
+"""What every attention kernel costs on GPUs that are not there: python benchmarks/static_report.py.
 
 Compiles each kernel, for each shape that people run, with the tiling that `ops/configs.py` chooses, through the same
 launch code that a GPU would see. ptxas, cuobjdump and nvdisasm come with the Triton wheel. Writes
-`benchmarks/results/static_<triton version>.json` and the table `benchmarks/results/static.md`.
+`benchmarks/results/static.csv`; about an hour on one core. --plan only lists what would be compiled.
 """
 
 import argparse
 import collections
+import csv
 import dataclasses
-import json
 import os
 import re
 import subprocess
@@ -25,6 +25,7 @@ if __name__ == "__main__":
 
 import torch
 
+from sagan_kernels.files import write_atomically
 from sagan_kernels.ops import attention_launch, configs, sagan_layer
 
 RESULTS = Path(__file__).parent / "results"
@@ -75,43 +76,51 @@ class Row:
     precision: str
     target: str
     tiling: str
-    registers: int
-    spills: int
-    shared: int
-    programs_per_sm: int
-    tensor_core: int
-    exponentials: int
-
-    @property
-    def key(self) -> tuple[str, ...]:
-        return self.kernel, self.shape, self.layout, self.precision, self.target
+    registers: int = 0
+    spills: int = 0
+    shared: int = 0
+    programs_per_sm: int = 0
+    tensor_core: int = 0
+    exponentials: int = 0
+    triton: str = ""
 
 
 def main() -> None:
     """Compile everything and write the report."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--out", type=Path, default=RESULTS / "static.json")
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
+    parser.add_argument("--plan", action="store_true", help="tilings only, nothing compiled")
+    parser.add_argument("--out", type=Path, default=RESULTS / "static.csv")
     arguments = parser.parse_args()
     rows = []
     for target in arguments.targets:
         for shape, layout, precision in cases(target):
-            if shape in arguments.shapes:
-                rows += compile_case(target, shape, layout, precision)
+            if shape in arguments.shapes and precision in arguments.precisions:
+                rows += compile_case(target, shape, layout, precision, plan=arguments.plan)
                 print(f"{target} {shape} {layout} {precision}", file=sys.stderr)
-    write(rows, arguments.out)
+    write_atomically(arguments.out, lambda temporary: write(rows, temporary))
 
 
 def write(rows: list[Row], path: Path) -> None:
-    """The rows as JSON, and beside it as a Markdown table."""
-    import triton
+    """The rows as CSV."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, [field.name for field in dataclasses.fields(Row)], lineterminator="\n")
+        table.writeheader()
+        table.writerows(dataclasses.asdict(row) for row in rows)
 
-    from sagan_kernels.files import write_atomically
 
-    report = {"triton": triton.__version__, "rows": [dataclasses.asdict(row) for row in rows]}
-    text = json.dumps(report, indent=0, ensure_ascii=False)
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+def read(path: Path) -> list[Row]:
+    """The rows of a CSV file that `write` wrote."""
+    with path.open(newline="", encoding="utf-8") as file:
+        numbers = {field.name for field in dataclasses.fields(Row) if field.type is int}
+        return [
+            Row(**{name: int(text) if name in numbers else text for name, text in row.items()})
+            for row in csv.DictReader(file)
+        ]
 
 
 def cases(target: configs.Arch) -> Iterator[tuple[str, str, str]]:
@@ -124,7 +133,9 @@ def cases(target: configs.Arch) -> Iterator[tuple[str, str, str]]:
             yield shape, "NCHW", "tf32"
 
 
-def compile_case(target: configs.Arch, shape: str, layout: str, precision: str) -> list[Row]:
+def compile_case(
+    target: configs.Arch, shape: str, layout: str, precision: str, *, plan: bool = False
+) -> list[Row]:
     """Every kernel of the attention operators at one shape, as a launch on `target` would compile it."""
     L, S, E, Ev = SHAPES[shape]
     C = 2 * Ev
@@ -151,14 +162,14 @@ def compile_case(target: configs.Arch, shape: str, layout: str, precision: str) 
         wq, wo, gamma = q.new_empty(E, C), q.new_empty(C, Ev), torch.zeros(1)
         calls.append(lambda: sagan_layer._launch_sagan_forward(x, wq, None, k, v, wo, None, gamma))
     rows = {}
-    for name, tiling, compiled in _compile(calls, target, precision):
-        resources = _resources(compiled, target)
+    for name, tiling, compiled in _compile(calls, target, precision, plan):
+        resources = {} if plan else _resources(compiled, target)
         rows.setdefault(name, Row(name, shape, layout, precision, target, tiling, **resources))
     return list(rows.values())
 
 
 def _compile(
-    calls: list[Callable[[], Any]], target: configs.Arch, precision: str
+    calls: list[Callable[[], Any]], target: configs.Arch, precision: str, plan: bool
 ) -> list[tuple[str, str, Any]]:
     import triton
     from triton.backends.compiler import GPUTarget
@@ -168,7 +179,7 @@ def _compile(
 
     def warm_up(self: Any, *args: Any, **keywords: Any) -> Any:
         keywords["warmup"] = True
-        compiled = run(self, *args, **keywords)
+        compiled = None if plan else run(self, *args, **keywords)
         blocks = [
             f"{k.removeprefix('BLOCK_')} {v}"
             for k, v in keywords.items()
@@ -224,7 +235,9 @@ class _StubDriver:
         return torch.device("cpu")
 
 
-def _resources(compiled: Any, target: str) -> dict[str, int]:
+def _resources(compiled: Any, target: str) -> dict[str, Any]:
+    import triton
+
     registers, spills, opcodes = (_amd if target == "gfx942" else _nvidia)(compiled)
     warps = compiled.metadata.num_warps
     kib, file, most_warps = LIMITS[target]
@@ -244,6 +257,7 @@ def _resources(compiled: Any, target: str) -> dict[str, int]:
         "programs_per_sm": programs,
         "tensor_core": sum(n for op, n in opcodes.items() if op in matrix or op.startswith("v_mfma")),
         "exponentials": opcodes["MUFU.EX2"] + opcodes["v_exp_f32_e32"],
+        "triton": triton.__version__,
     }
 
 

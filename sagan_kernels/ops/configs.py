@@ -79,7 +79,7 @@ _HALF_80: _Table = {
     ),
     "row": ((64, 128, 64, 64), (256, 128, 32, 32)),
     "column": ((64, 64, 64, 64), (32, 128, 32, 64), (64, 128, 32, 32), (256, 128, 32, 32)),
-    "double_row": ((16, 64, 64, 32), (64, 64, 32, 32), (256, 64, 16, 16)),
+    "double_row": ((16, 64, 64, 32), (32, 64, 16, 32), (64, 64, 32, 32), (256, 64, 16, 16)),
     "double_column": ((16, 64, 64, 64), (64, 64, 32, 32), (256, 64, 16, 16)),
     "tangent": ((32, 32, 64, 64), (64, 128, 64, 32), (256, 128, 16, 32)),
 }
@@ -107,11 +107,11 @@ _TF32X3_80: _Table = {
     "forward": ((32, 64, 64, 32), (64, 64, 32, 32), (256, 64, 32, 32)),
     "lse": ((32, 0, 64, 64), (64, 0, 64, 32), (256, 0, 32, 32)),
     "over_queries": ((32, 64, 64, 32), (64, 64, 32, 32), (256, 64, 32, 32)),
-    "row": ((64, 32, 64, 32), (256, 32, 16, 32)),
+    "row": ((32, 32, 64, 32), (256, 32, 16, 32)),
     "column": ((16, 16, 32, 64), (64, 32, 32, 32), (256, 32, 16, 32)),
     "double_row": ((16, 32, 64, 16), (32, 32, 16, 32), (64, 32, 16, 16), (256, 32, 16, 16)),
     "double_column": ((32, 32, 16, 64), (64, 32, 32, 16), (256, 32, 16, 16)),
-    "tangent": ((32, 32, 64, 32), (64, 32, 32, 32), (256, 32, 16, 32)),
+    "tangent": ((32, 32, 64, 32), (256, 32, 16, 32)),
 }
 _TABLES: dict[tuple[Arithmetic, Arch], _Table] = {
     ("half", "sm_80"): _HALF_80,
@@ -169,7 +169,9 @@ def layer_tiling(C: int, E: int, Ev: int, arithmetic: Arithmetic, arch: Arch) ->
         return LayerTiling(64, 128, block_c)
     if arithmetic in ("half", "tf32"):
         return LayerTiling(64, 64, block_c)
-    return LayerTiling(64, 32, min(block_c, 32)) if E < 64 or arch != "sm_80" else None
+    if arch == "sm_80":
+        return LayerTiling(32, 32, min(block_c, 16)) if E < 64 else None
+    return LayerTiling(64, 32, min(block_c, 32))
 
 
 def architecture(device: torch.device) -> Arch:
