@@ -1,98 +1,155 @@
-"""The CPU tiles against float64 autograd of the formula, with tiles from one row to everything."""
+"""Attention in tiles against float64 autograd of the formula, at lengths and budgets that no tile divides."""
 
 import pytest
 import torch
 
 from sagan_kernels import reference
-from sagan_kernels.ops import attention_tiles as tiles
+from sagan_kernels.ops import attention_tiles
 
-SHAPES = [(3, 12, 7, 3, 5), (2, 5, 1, 4, 2), (1, 1, 9, 1, 1)]
-TILES = [1, 20, 84, 200, tiles.TILE]  # less than a row, some rows, an image, two images, all
+# (B, L, S, E, Ev): lengths and widths that no tile divides, then every axis at one, then at none
+SHAPES = [(3, 13, 7, 3, 5), (2, 36, 9, 8, 32), (1, 1, 1, 1, 1), (1, 17, 1, 4, 1), (2, 1, 19, 1, 6)]
+EMPTY = [(0, 4, 3, 2, 5), (2, 0, 3, 2, 5), (2, 4, 0, 2, 5)]
+# one row a tile, rows in unequal parts, several images a tile, everything in one tile
+BUDGETS = [1, 40, 200, attention_tiles.TILE_SCORES]
 
 
-def random(shape, dtype=torch.float64):
+def tensors(shape, dtype=torch.float64, scale=1.0):
+    """query, key, value and grad_out."""
     B, L, S, E, Ev = shape
-    return [torch.randn(B, w, n, dtype=dtype).mT for n, w in [(L, E), (S, E), (S, Ev), (L, Ev)]]
+    sizes = [(L, E), (S, E), (S, Ev), (L, Ev)]
+    return [(scale * torch.randn(B, *size, dtype=torch.float64)).to(dtype) for size in sizes]
 
 
-@pytest.mark.parametrize("tile", TILES)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_every_pass_matches_autograd_of_the_formula(shape, tile):
-    q, k, v, g = (t.requires_grad_() for t in random(shape))
-    a, b, c = (torch.randn_like(t) for t in (q, k, v))
+def through_autograd(inputs, directions):
+    """The results of all five functions by float64 autograd of the formula, as one flat list."""
+    q, k, v, g = [t.double().detach().requires_grad_() for t in inputs]
+    directions = [t.double() for t in directions]
     out = reference.attention(q, k, v)
-    first = torch.autograd.grad(out, (q, k, v), g, create_graph=True)
-    second = torch.autograd.grad(first, (q, k, v, g), (a, b, c))
-    moved = torch.func.jvp(reference.attention, (q, k, v), (a, b, c))[1]
-    with torch.no_grad():
-        torch.testing.assert_close(tiles.forward(q, k, v, tile=tile), out)
-        torch.testing.assert_close(tiles.backward(q, k, v, g, tile=tile), first)
-        torch.testing.assert_close(tiles.double_backward(q, k, v, g, a, b, c, tile=tile), second)
-        torch.testing.assert_close(tiles.tangent(q, k, v, a, b, c, tile=tile), moved)
-        torch.testing.assert_close(
-            tiles.over_queries(q, k, v, tile=tile), reference.attention(q, k, v, normalize="queries")
-        )
+    grads = torch.autograd.grad(out, (q, k, v), g, create_graph=True)
+    second = torch.autograd.grad(grads, (q, k, v, g), directions)
+    _, tangent = torch.autograd.functional.jvp(reference.attention, (q, k, v), tuple(directions))
+    by_query = torch.softmax(k @ q.mT, dim=-1).mT @ v
+    return [t.detach() for t in (out, *grads, *second, tangent, by_query)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_16_bit_inputs_lose_only_the_rounding_of_the_result(dtype):
-    q, k, v, g = (t.to(dtype) for t in random((2, 60, 50, 8, 16)))
-    exact = [t.double() for t in (q, k, v, g)]
-    found, wanted = tiles.backward(q, k, v, g), tiles.backward(*exact)
-    for actual, expected in zip(found, wanted, strict=True):
-        assert actual.dtype == dtype
-        rounded = expected.to(dtype).double()
-        torch.testing.assert_close(actual.double(), rounded, rtol=2 * torch.finfo(dtype).eps, atol=1e-4)
+def in_tiles(inputs, directions, budget):
+    """The same list in tiles."""
+    return [
+        attention_tiles.forward(*inputs[:3], budget=budget),
+        *attention_tiles.backward(*inputs, budget=budget),
+        *attention_tiles.double_backward(*inputs, *directions, budget=budget),
+        attention_tiles.tangent(*inputs[:3], *directions, budget=budget),
+        attention_tiles.over_queries(*inputs[:3], budget=budget),
+    ]
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_nan_and_infinity_propagate_as_in_the_formula(value):
-    for place in range(3):
-        inputs = random((2, 12, 7, 3, 5))[:3]
-        inputs[place][0, 0, 0] = value
-        torch.testing.assert_close(
-            tiles.forward(*inputs, tile=20), reference.attention(*inputs), equal_nan=True
-        )
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("shape", SHAPES + EMPTY, ids=str)
+def test_every_function_matches_autograd_of_the_formula(shape, budget):
+    inputs, directions = tensors(shape), tensors(shape)[:3]
+    found = in_tiles(inputs, directions, budget)
+    torch.testing.assert_close(found, through_autograd(inputs, directions), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(
-    ("sizes", "expected"),
+    ("dtype", "digit"), [(torch.float32, 2e-5), (torch.float16, 2e-3), (torch.bfloat16, 2e-2)]
+)
+def test_short_dtypes_lose_only_the_rounding_of_the_result(dtype, digit):
+    inputs, directions = tensors(SHAPES[1], dtype), tensors(SHAPES[1], dtype)[:3]
+    found = in_tiles(inputs, directions, 200)
+    assert {t.dtype for t in found} == {dtype}
+    for mine, exact in zip(found, through_autograd(inputs, directions), strict=True):
+        torch.testing.assert_close(mine.double(), exact, rtol=digit, atol=digit * exact.abs().max().item())
+
+
+def test_each_result_has_the_dtype_of_its_tensor():
+    q, k, v, g = tensors(SHAPES[0])
+    mixed = [q.half(), k.float(), v.bfloat16(), g.float()]
+    assert attention_tiles.forward(*mixed[:3]).dtype == torch.bfloat16
+    assert [t.dtype for t in attention_tiles.backward(*mixed)] == [t.dtype for t in mixed[:3]]
+    assert [t.dtype for t in attention_tiles.double_backward(*mixed, *mixed[:3])] == [t.dtype for t in mixed]
+
+
+@pytest.mark.parametrize("layout", ["transposed", "strided", "expanded"])
+def test_strides_change_no_result_and_results_are_contiguous(layout):
+    def laid_out(t):
+        if layout == "transposed":
+            return t.mT.contiguous().mT
+        if layout == "strided":
+            return torch.stack([t, t], dim=-1)[..., 0]
+        return t[:1].expand_as(t)
+
+    inputs, directions = tensors(SHAPES[0]), tensors(SHAPES[0])[:3]
+    inputs, directions = [laid_out(t) for t in inputs], [laid_out(t) for t in directions]
+    found = in_tiles(inputs, directions, 40)
+    assert all(t.is_contiguous() for t in found)
+    torch.testing.assert_close(found, through_autograd(inputs, directions), rtol=1e-12, atol=1e-12)
+
+
+def test_results_share_no_memory_with_the_arguments():
+    inputs, directions = tensors((1, 1, 1, 1, 1)), tensors((1, 1, 1, 1, 1))[:3]
+    before = [t.clone() for t in inputs + directions]
+    for result in in_tiles(inputs, directions, 40):
+        result.fill_(7.0)
+    torch.testing.assert_close(inputs + directions, before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+def test_nan_and_infinity_propagate_as_in_the_formula(name, bad):
+    inputs, directions = tensors(SHAPES[0]), tensors(SHAPES[0])[:3]
+    inputs[["query", "key", "value"].index(name)][1, 2, 1] = bad
+    expected = through_autograd(inputs, directions)[:4]
+    found = in_tiles(inputs, directions, 40)[:4]
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12, equal_nan=True)
+
+
+def test_scores_beyond_the_range_of_exp_stay_finite():
+    inputs = tensors(SHAPES[1], torch.float32, scale=30.0)
+    expected = reference.attention(*[t.double() for t in inputs[:3]])
+    found = attention_tiles.forward(*inputs[:3], budget=40)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-2)
+
+
+def test_autocast_around_the_call_changes_nothing():
+    inputs, directions = tensors(SHAPES[1], torch.float32), tensors(SHAPES[1], torch.float32)[:3]
+    plain = in_tiles(inputs, directions, 200)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = in_tiles(inputs, directions, 200)
+    torch.testing.assert_close(found, plain, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("shape", "budget", "expected"),
     [
-        ((8, 64, 16), (8, 64)),
-        ((8, 1024, 256), (1, 1024)),
-        ((1, 4096, 4096), (1, 64)),
-        ((2, 3, 10**9), (1, 1)),
+        ((8, 1024, 256), 1 << 18, (1, 1024)),  # an image
+        ((16, 256, 64), 1 << 18, (16, 256)),  # the batch
+        ((5, 10, 10), 200, (2, 10)),  # two images, and one is left
+        ((8, 4096, 1024), 1 << 18, (1, 256)),
+        ((1, 4096, 4096), 1 << 18, (1, 256)),  # the rows stay where S passes 1024
+        ((1, 13, 7), 40, (1, 5)),  # 5 + 5 + 3
+        ((1, 13, 7), 1, (1, 1)),
+        ((2, 0, 3), 40, (2, 1)),
+        ((2, 4, 0), 40, (2, 4)),
     ],
 )
-def test_tile_geometry(sizes, expected):
-    assert tiles.tile_shape(*sizes, 2**18) == expected
+def test_tile_shape_is_a_function_of_the_shape(shape, budget, expected):
+    assert attention_tiles.tile_shape(*shape, budget) == expected
 
 
-def test_tiles_never_exceed_what_they_may_hold():
-    for B, L, S in [(3, 1000, 77), (64, 100, 25), (5, 4096, 1024)]:
-        images, rows = tiles.tile_shape(B, L, S)
-        assert images * rows * S <= tiles.TILE
-        assert images == 1 or rows == L
+def test_small_maps_are_stored_and_large_ones_are_not():
+    assert attention_tiles.stores_map(16, 256, 64)
+    assert not attention_tiles.stores_map(8, 1024, 256)
 
 
-@pytest.mark.parametrize("order", ["forward", "backward", "double_backward"])
-def test_memory_does_not_grow_with_the_map(order):
-    peaks = []
-    for L in (1024, 4096):
-        q, k, v, g = (torch.randn(1, L, w) for w in (4, 4, 8, 8))
-        arguments = {"forward": [q, k, v], "backward": [q, k, v, g], "double_backward": [q, k, v, g, q, k, v]}
-        largest = 0
-
-        class Largest(torch.utils._python_dispatch.TorchDispatchMode):
-            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-                nonlocal largest
-                out = func(*args, **(kwargs or {}))
-                for t in torch.utils._pytree.tree_leaves(out):
-                    if isinstance(t, torch.Tensor):
-                        largest = max(largest, t.untyped_storage().nbytes())
-                return out
-
-        with Largest():
-            getattr(tiles, order)(*arguments[order])
-        peaks.append(largest)
-    assert peaks[0] == peaks[1] <= 4 * 4 * tiles.TILE
+@pytest.mark.parametrize("name", ["forward", "backward", "double_backward"])
+def test_no_single_allocation_is_of_the_size_of_the_map(name):
+    L = S = 2048
+    q, k, v, g = tensors((1, L, S, 4, 4), torch.float32)
+    arguments = {"forward": (q, k, v), "backward": (q, k, v, g), "double_backward": (q, k, v, g, q, k, v)}[
+        name
+    ]
+    with torch.profiler.profile(profile_memory=True) as profile:
+        getattr(attention_tiles, name)(*arguments, budget=1 << 16)
+    allocated = max(event.cpu_memory_usage for event in profile.events())
+    assert 0 < allocated <= 4 * (1 << 17) * 4 < L * S * 4

@@ -131,6 +131,11 @@ def sagan_attention(
             query_bias=query_bias, key_bias=key_bias, value_bias=value_bias, out_bias=out_bias,
             pool=pool, normalize=normalize,
         )  # fmt: skip
+    if chosen == "torch" and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
+        return _layer_by_matrices(
+            x, query_weight, key_weight, value_weight, out_weight, gamma,
+            query_bias, key_bias, value_bias, out_bias, pool, normalize,
+        )  # fmt: skip
     if chosen == "triton" and pool:
         weight, bias = _stacked(key_weight, value_weight, key_bias, value_bias)
         pooled = project_pool(
@@ -165,11 +170,39 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, normalize: Positions, 
     (B, L, _), S = query.shape, key.shape[1]
     if impl == "reference" or 0 in (B, L, S, *value.shape):
         return reference.attention(query, key, value, normalize=normalize)
-    if impl == "torch" and attention_tiles.stores_map(B, L, S, _differentiated(query, key, value)):
+    if impl == "torch" and attention_tiles.stores_map(B, L, S):
         return reference.attention(query, key, value, normalize=normalize)
     if normalize == "queries":
         return attention_over_queries(query, key, value, impl)
     return attention_and_lse(query, key, value, impl)[0]
+
+
+def _layer_by_matrices(
+    x: Tensor, query_weight: Tensor, key_weight: Tensor, value_weight: Tensor, out_weight: Tensor | None,
+    gamma: Tensor, query_bias: Tensor | None, key_bias: Tensor | None, value_bias: Tensor | None,
+    out_bias: Tensor | None, pool: bool, normalize: Positions,
+) -> Tensor:  # fmt: skip
+    """The layer on a CPU: one product for all projections, positions first, where the max-pool is vectorized."""
+    (B, _, H, W), E, Ev = x.shape, query_weight.shape[0], value_weight.shape[0]
+    rows = reference.positions(x)  # (B, L, C)
+    weight = torch.cat([w.flatten(1) for w in (query_weight, key_weight, value_weight)])
+    projected = torch.bmm(rows, weight.mT.expand(B, -1, -1))  # (B, L, 2E + Ev)
+    if any(b is not None for b in (query_bias, key_bias, value_bias)):
+        biases = zip((query_bias, key_bias, value_bias), (E, E, Ev), strict=True)
+        projected = projected + torch.cat([x.new_zeros(n) if b is None else b for b, n in biases])
+    query, key_value = projected.split([E, E + Ev], -1)
+    if pool:
+        key_value = reference.positions(F.max_pool2d(key_value.mT.unflatten(2, (H, W)), 2))
+    key, value = key_value.split([E, Ev], -1)
+    o = _attention(query, key, value, normalize, "torch")  # (B, L, Ev)
+    if out_weight is None:
+        return torch.addcmul(x, gamma, o.mT.unflatten(2, (H, W)))
+    mixing = (gamma * out_weight.flatten(1)).expand(B, -1, -1)  # (B, C, Ev)
+    if x.is_contiguous():
+        y = torch.baddbmm(x.flatten(2), mixing, o.mT).view(x.shape)
+    else:
+        y = torch.baddbmm(rows, o, mixing.mT).mT.unflatten(2, (H, W))
+    return y if out_bias is None else y + (gamma * out_bias)[:, None, None]
 
 
 def _differentiated(*tensors: Tensor | None) -> bool:

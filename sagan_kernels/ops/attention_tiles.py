@@ -1,167 +1,256 @@
-"""Attention on the CPU, in tiles of query rows whose scores fit the cache: memory O(L + S) in every order.
+"""Attention on the CPU in tiles of query rows: out = softmax(query keyᵀ) value, and its derivatives.
 
-A tile's softmax is computed anew in each pass, from the scores, so nothing but inputs is kept between them. No
-gradients here: these are the bodies of operators. 16-bit inputs are computed in float32.
+Shapes   query (B, L, E)   key (B, S, E)   value (B, S, Ev)   out (B, L, Ev)
+Memory   O(L + S) besides the tiles: of the (L, S) map one tile exists at a time, in buffers allocated once.
+Maths    sagan_kernels.reference.attention
+Method   a tile holds whole rows of the map, so its softmax needs no running maximum; nothing is saved for the
+         backward pass, which computes the tiles again.
 
-Maths: with P = softmax(query keyᵀ) and the row-wise softmax gradient J(P, Y) = P ∘ (Y - Σ P ∘ Y),
-    dS = J(P, grad valueᵀ)    grad_query = dS key    grad_key = dSᵀ query    grad_value = Pᵀ grad
-and for the cotangents a, b, c of these three, with T = a keyᵀ + query bᵀ - Σ P ∘ (a keyᵀ + query bᵀ),
-    X = J(P, grad cᵀ + T ∘ (grad valueᵀ - Σ P ∘ grad valueᵀ))
-    query2 = X key + dS b    key2 = Xᵀ query + dSᵀ a    value2 = (P ∘ T)ᵀ grad    grad2 = (P ∘ T) value + P c
-grad2 is also the derivative of the output in the direction (a, b, c).
+Plain functions on tensors, without autograd: an operator calls them in its forward and its backward, with gradients
+off. Tensors come in any strides and leave fresh and contiguous. float16 and bfloat16 are computed in float32, and
+each result has the dtype of the tensor it belongs to. NaN and infinity propagate as in `torch.softmax`.
+
+Products with a narrow result, (L, E) or (S, E), are written (E, L) and (E, S): at E = 8 BLAS takes up to ten times
+as long over 8 columns as over 8 rows (MKL 2024.2, float32).
 """
 
-from collections.abc import Callable, Iterator
-from functools import wraps
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-TILE = 2**18  # scores in a tile, 1 MiB of float32: with its copies about the second-level cache of one core
+TILE_SCORES = 1 << 18  # elements of one tile of the map: 1 MiB in float32, a second-level cache
+STORED_SCORES = 1 << 19  # elements of a map that is better stored: 2 MiB in float32
+
+_softmax_backward = torch.ops.aten._softmax_backward_data.out  # the public ops need three passes for its one
 
 
-def stores_map(B: int, L: int, S: int, differentiated: bool) -> bool:
-    """Whether the plain formula, which stores the (B, L, S) map, is at least as fast on a CPU, and the map small.
+def forward(query: Tensor, key: Tensor, value: Tensor, *, budget: int = TILE_SCORES) -> Tensor:
+    """softmax(query keyᵀ) value.
 
-    Without tiles there are fewer calls, and the map need not be computed anew for a gradient: 8 MiB at most.
+    Args:
+        query: (B, L, E).
+        key: (B, S, E).
+        value: (B, S, Ev).
+        budget: elements of a tile of the map; a tile has at least one row.
+
+    Returns:
+        (B, L, Ev) in the dtype of `value`.
     """
-    return (2**21 if differentiated else 2**18) >= B * L * S
+    q, k, v = _computed(query, key, value)
+    (B, L, _), (_, S, Ev) = q.shape, v.shape
+    out = q.new_empty(B, L, Ev)
+    (p_buffer,) = _buffers(q, S, budget, 1)
+    for images, rows in _tiles(B, L, S, budget):
+        p = _softmax_tile(q[images, rows], k[images], p_buffer)
+        torch.bmm(p, v[images], out=out[images, rows])
+    return out.to(value.dtype)
 
 
-def tile_shape(B: int, L: int, S: int, tile: int = TILE) -> tuple[int, int]:
-    """How many images and how many query rows of each a tile of at most `tile` scores holds, at least one of each."""
-    if tile >= L * S:
-        return max(1, min(B, tile // (L * S))), L
-    return 1, max(1, tile // S)
-
-
-def _in_float32(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compute 16-bit tensors in float32, and return results in their dtype."""
-
-    @wraps(function)
-    def run(*tensors: Tensor, tile: int = TILE) -> Any:
-        dtype = tensors[0].dtype
-        if dtype not in (torch.float16, torch.bfloat16):
-            return function(*tensors, tile=tile)
-        results = function(*(t.float() for t in tensors), tile=tile)
-        return results.to(dtype) if isinstance(results, Tensor) else tuple(r.to(dtype) for r in results)
-
-    return run
-
-
-@_in_float32
-def forward(query: Tensor, key: Tensor, value: Tensor, *, tile: int = TILE) -> Tensor:
-    """softmax(query keyᵀ) value: (B, L, E), (B, S, E), (B, S, Ev) -> (B, L, Ev)."""
-    out = query.new_empty(*query.shape[:2], value.shape[2])
-    for images, rows, (p,) in _tiles(query, key, 1, tile):
-        torch.bmm(query[images, rows], key[images].mT, out=p)
-        torch.softmax(p, -1, out=p)
-        torch.bmm(p, value[images], out=out[images, rows])
-    return out
-
-
-@_in_float32
-def over_queries(query: Tensor, key: Tensor, value: Tensor, *, tile: int = TILE) -> Tensor:
-    """softmax(key queryᵀ)ᵀ value, normalized over queries, in tiles of key rows; (B, L, Ev)."""
-    out = query.new_zeros(*query.shape[:2], value.shape[2])
-    for images, rows, (p,) in _tiles(key, query, 1, tile):
-        torch.bmm(key[images, rows], query[images].mT, out=p)
-        torch.softmax(p, -1, out=p)
-        out[images].baddbmm_(p.mT, value[images, rows])
-    return out
-
-
-@_in_float32
 def backward(
-    query: Tensor, key: Tensor, value: Tensor, grad: Tensor, *, tile: int = TILE
+    query: Tensor, key: Tensor, value: Tensor, grad_out: Tensor, *, budget: int = TILE_SCORES
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of <out, grad> for query, key and value."""
-    grad_query = query.new_empty(query.shape)
-    grad_key, grad_value = key.new_zeros(key.shape), value.new_zeros(value.shape)
-    for images, rows, (p, ds) in _tiles(query, key, 2, tile):
-        q, k, v, g = query[images, rows], key[images], value[images], grad[images, rows]
-        torch.bmm(q, k.mT, out=p)
-        torch.softmax(p, -1, out=p)
-        grad_value[images].baddbmm_(p.mT, g)
-        torch.bmm(g, v.mT, out=ds)
-        _softmax_gradient_(ds, p)
-        torch.bmm(ds, k, out=grad_query[images, rows])
-        grad_key[images].baddbmm_(ds.mT, q)
-    return grad_query, grad_key, grad_value
+    """The gradients of `forward`.
+
+    Args:
+        query: (B, L, E).
+        key: (B, S, E).
+        value: (B, S, Ev).
+        grad_out: (B, L, Ev), the gradient of the result of `forward`.
+        budget: elements of a tile of the map; a tile has at least one row.
+
+    Returns:
+        The gradients of query, key and value, each in the shape and dtype of its tensor.
+    """
+    q, k, v, g = _computed(query, key, value, grad_out)
+    B, L, S = q.shape[0], q.shape[1], k.shape[1]
+    grad_q, grad_k, grad_v = _transposed_zeros(q, k, v)
+    p_buffer, ds_buffer = _buffers(q, S, budget, 2)
+    for images, rows in _tiles(B, L, S, budget):
+        q_tile, g_tile = q[images, rows], g[images, rows]
+        p = _softmax_tile(q_tile, k[images], p_buffer)
+        ds = _product(g_tile, v[images], ds_buffer)
+        grad_v[images].baddbmm_(g_tile.mT, p)
+        _softmax_backward(ds, p, -1, ds.dtype, grad_input=ds)
+        grad_k[images].baddbmm_(q_tile.mT, ds)
+        grad_q[images, :, rows].baddbmm_(k[images].mT, ds.mT)
+    return _delivered(grad_q, query), _delivered(grad_k, key), _delivered(grad_v, value)
 
 
-@_in_float32
 def double_backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    grad: Tensor,
+    grad_out: Tensor,
     a: Tensor,
     b: Tensor,
     c: Tensor,
     *,
-    tile: int = TILE,
+    budget: int = TILE_SCORES,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of <grad_query, a> + <grad_key, b> + <grad_value, c> for query, key, value and grad."""
-    query2, grad2 = query.new_empty(query.shape), grad.new_empty(grad.shape)
-    key2, value2 = key.new_zeros(key.shape), value.new_zeros(value.shape)
-    aq, kb = torch.cat([a, query], 2), torch.cat([key, b], 2)  # T in one product
-    for images, rows, (p, t, d, x) in _tiles(query, key, 4, tile):
-        q, k, v, g = query[images, rows], key[images], value[images], grad[images, rows]
-        torch.bmm(q, k.mT, out=p)
-        torch.softmax(p, -1, out=p)
-        torch.bmm(aq[images, rows], kb[images].mT, out=t)
-        t -= _row_sums(p, t)
-        torch.bmm(g, v.mT, out=d)
-        d -= _row_sums(p, d)
-        torch.bmm(g, c[images].mT, out=x)
-        x.addcmul_(t, d)
-        _softmax_gradient_(x, p)
-        d *= p
+    """The gradients of `backward`: the vector-Jacobian product of its three results.
+
+    Args:
+        query: (B, L, E).
+        key: (B, S, E).
+        value: (B, S, Ev).
+        grad_out: (B, L, Ev).
+        a: (B, L, E), the gradient of the gradient of query.
+        b: (B, S, E), the gradient of the gradient of key.
+        c: (B, S, Ev), the gradient of the gradient of value.
+        budget: elements of a tile of the map; a tile has at least one row.
+
+    Returns:
+        The gradients of query, key, value and grad_out, each in the shape and dtype of its tensor.
+    """
+    q, k, v, g, a, b, c = _computed(query, key, value, grad_out, a, b, c)
+    B, L, S = q.shape[0], q.shape[1], k.shape[1]
+    grad_q, grad_k, grad_v, grad_g = _transposed_zeros(q, k, v, g)
+    aq, kb = torch.cat([a, q], -1), torch.cat([k, b], -1)
+    buffers = _buffers(q, S, budget, 4)
+    for images, rows in _tiles(B, L, S, budget):
+        q_tile, g_tile, a_tile = q[images, rows], g[images, rows], a[images, rows]
+        p = _softmax_tile(q_tile, k[images], buffers[0])
+        t = _product(aq[images, rows], kb[images], buffers[1])  # the change of the scores along (a, b)
+        x = _view(buffers[3], p)
+        t -= torch.mul(p, t, out=x).sum(-1, keepdim=True)
+        ds = _product(g_tile, v[images], buffers[2])
+        ds -= torch.mul(p, ds, out=x).sum(-1, keepdim=True)
+        torch.bmm(g_tile, c[images].mT, out=x).addcmul_(t, ds)
+        _softmax_backward(x, p, -1, x.dtype, grad_input=x)
+        ds *= p
         t *= p
-        torch.baddbmm(torch.bmm(x, k), d, b[images], out=query2[images, rows])
-        key2[images].baddbmm_(x.mT, q).baddbmm_(d.mT, a[images, rows])
-        value2[images].baddbmm_(t.mT, g)
-        torch.baddbmm(torch.bmm(t, v), p, c[images], out=grad2[images, rows])
-    return query2, key2, value2, grad2
+        grad_q[images, :, rows].baddbmm_(k[images].mT, x.mT).baddbmm_(b[images].mT, ds.mT)
+        grad_k[images].baddbmm_(q_tile.mT, x).baddbmm_(a_tile.mT, ds)
+        grad_v[images].baddbmm_(g_tile.mT, t)
+        grad_g[images, :, rows].baddbmm_(v[images].mT, t.mT).baddbmm_(c[images].mT, p.mT)
+    return (
+        _delivered(grad_q, query),
+        _delivered(grad_k, key),
+        _delivered(grad_v, value),
+        _delivered(grad_g, grad_out),
+    )
 
 
-@_in_float32
 def tangent(
-    query: Tensor, key: Tensor, value: Tensor, a: Tensor, b: Tensor, c: Tensor, *, tile: int = TILE
+    query: Tensor, key: Tensor, value: Tensor, a: Tensor, b: Tensor, c: Tensor, *, budget: int = TILE_SCORES
 ) -> Tensor:
-    """The derivative of out along a, b, c, the directions of query, key and value; (B, L, Ev)."""
-    result = query.new_empty(*query.shape[:2], value.shape[2])
-    aq, kb = torch.cat([a, query], 2), torch.cat([key, b], 2)
-    for images, rows, (p, t) in _tiles(query, key, 2, tile):
-        torch.bmm(query[images, rows], key[images].mT, out=p)
-        torch.softmax(p, -1, out=p)
-        torch.bmm(aq[images, rows], kb[images].mT, out=t)
-        _softmax_gradient_(t, p)
-        torch.baddbmm(torch.bmm(t, value[images]), p, c[images], out=result[images, rows])
-    return result
+    """The derivative of `forward` in the direction (a, b, c): its Jacobian-vector product.
+
+    Args:
+        query: (B, L, E).
+        key: (B, S, E).
+        value: (B, S, Ev).
+        a: (B, L, E), the direction of query.
+        b: (B, S, E), the direction of key.
+        c: (B, S, Ev), the direction of value.
+        budget: elements of a tile of the map; a tile has at least one row.
+
+    Returns:
+        (B, L, Ev) in the dtype of `value`.
+    """
+    q, k, v, a, b, c = _computed(query, key, value, a, b, c)
+    (B, L, _), (_, S, Ev) = q.shape, v.shape
+    out = q.new_empty(B, L, Ev)
+    aq, kb = torch.cat([a, q], -1), torch.cat([k, b], -1)
+    p_buffer, t_buffer = _buffers(q, S, budget, 2)
+    for images, rows in _tiles(B, L, S, budget):
+        p = _softmax_tile(q[images, rows], k[images], p_buffer)
+        t = _product(aq[images, rows], kb[images], t_buffer)
+        _softmax_backward(t, p, -1, t.dtype, grad_input=t)  # the Jacobian of softmax is symmetric
+        torch.bmm(t, v[images], out=out[images, rows])
+        out[images, rows].baddbmm_(p, c[images])
+    return out.to(value.dtype)
 
 
-def _tiles(
-    query: Tensor, key: Tensor, buffers: int, tile: int
-) -> Iterator[tuple[slice, slice, tuple[Tensor, ...]]]:
-    """Slices of images and of query rows, with buffers of that many rows by S, which are used again and again."""
-    (B, L, _), S = query.shape, key.shape[1]
-    n, m = tile_shape(B, L, S, tile)
-    memory = query.new_empty(buffers, n * m * S)
-    for i in range(0, B, n):
-        for j in range(0, L, m):
-            shape = (min(n, B - i), min(m, L - j), S)
-            views = memory[:, : shape[0] * shape[1] * S].view(buffers, *shape)
-            yield slice(i, i + n), slice(j, j + m), tuple(views)
+def over_queries(query: Tensor, key: Tensor, value: Tensor, *, budget: int = TILE_SCORES) -> Tensor:
+    """Attention normalized over query positions: out = Pᵀ value, P = softmax(key queryᵀ), in tiles of key rows.
+
+    Args:
+        query: (B, L, E).
+        key: (B, S, E).
+        value: (B, S, Ev).
+        budget: elements of a tile of the map; a tile has at least one row.
+
+    Returns:
+        (B, L, Ev) in the dtype of `value`.
+    """
+    q, k, v = _computed(query, key, value)
+    B, L, S = q.shape[0], q.shape[1], k.shape[1]
+    out = q.new_zeros(B, v.shape[2], L)
+    (p_buffer,) = _buffers(k, L, budget, 1)
+    for images, rows in _tiles(B, S, L, budget):
+        p = _softmax_tile(k[images, rows], q[images], p_buffer)
+        out[images].baddbmm_(v[images, rows].mT, p)
+    return _delivered(out, value)
 
 
-def _softmax_gradient_(y: Tensor, p: Tensor) -> None:
-    """Y becomes J(p, y) = p ∘ (y - Σ p ∘ y), in one pass over the tile."""
-    torch.ops.aten._softmax_backward_data.out(y, p, -1, y.dtype, grad_input=y)
+def tile_shape(B: int, L: int, S: int, budget: int = TILE_SCORES) -> tuple[int, int]:
+    """The (images, rows) of a tile of the map, (images, rows, S).
+
+    Whole images while they fit in `budget` elements, else rows of one image in equal parts. From S = 1024 on the
+    rows stay at budget / 1024 and the tile grows with S: products over fewer rows are slow, and a tile that fits
+    the cache does not make up for it.
+
+    Args:
+        B: images.
+        L: rows of the map.
+        S: columns of the map.
+        budget: elements of a tile; a tile has at least one row.
+    """
+    images = max(1, min(B, budget // max(1, L * S)))
+    most_rows = max(1, min(L, budget // max(1, min(S, 1024))))
+    parts = max(1, -(-L // most_rows))
+    return images, max(1, -(-L // parts))
 
 
-def _row_sums(p: Tensor, y: Tensor) -> Tensor:
-    """Σ p ∘ y over each row, (..., 1), without the product as a tensor."""
-    return torch.linalg.vecdot(p, y).unsqueeze(-1)
+def stores_map(B: int, L: int, S: int) -> bool:
+    """Whether the plain formula, which stores the (B, L, S) map, is faster than tiles: the map is 2 MiB or less.
+
+    A small map stays in the cache until the backward pass, which need not compute it again. From 4 MiB on the
+    tiles are about as fast or faster; at 32 MiB the plain formula spends more time on fresh pages than on softmax.
+    The limit is the same with and without a gradient.
+    """
+    return B * L * S <= STORED_SCORES
+
+
+def _tiles(B: int, L: int, S: int, budget: int) -> Iterator[tuple[slice, slice]]:
+    images, rows = tile_shape(B, L, S, budget)
+    for image in range(0, B, images):
+        for row in range(0, L, rows):
+            yield slice(image, image + images), slice(row, row + rows)
+
+
+def _buffers(rows_of: Tensor, S: int, budget: int, count: int) -> tuple[Tensor, ...]:
+    images, rows = tile_shape(rows_of.shape[0], rows_of.shape[1], S, budget)
+    return rows_of.new_empty(count, images * rows * S).unbind()
+
+
+def _product(left: Tensor, right: Tensor, buffer: Tensor) -> Tensor:
+    """Left rightᵀ, (n, r, S), at the beginning of `buffer`."""
+    n, r, S = left.shape[0], left.shape[1], right.shape[1]
+    return torch.bmm(left, right.mT, out=buffer[: n * r * S].view(n, r, S))
+
+
+def _softmax_tile(query: Tensor, key: Tensor, buffer: Tensor) -> Tensor:
+    scores = _product(query, key, buffer)
+    return torch.softmax(scores, -1, out=scores)
+
+
+def _view(buffer: Tensor, like: Tensor) -> Tensor:
+    return buffer[: like.numel()].view(like.shape)
+
+
+def _computed(*tensors: Tensor) -> list[Tensor]:
+    """The tensors in the dtype of the computation, in strides that BLAS reads without a copy for every tile."""
+    dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    tensors = tuple(t.to(dtype) for t in tensors)
+    return [t if t.is_contiguous() or t.mT.is_contiguous() else t.contiguous() for t in tensors]
+
+
+def _transposed_zeros(*tensors: Tensor) -> list[Tensor]:
+    return [t.new_zeros(t.mT.shape) for t in tensors]
+
+
+def _delivered(transposed: Tensor, like: Tensor) -> Tensor:
+    return transposed.mT.to(like.dtype, memory_format=torch.contiguous_format, copy=True)
