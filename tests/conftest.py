@@ -10,6 +10,9 @@ if not torch.cuda.is_available():
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 
+torch.backends.cudnn.allow_tf32 = False  # the formulas that a GPU is compared with are to be float32's
+
+
 @pytest.fixture
 def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"

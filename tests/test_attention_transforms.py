@@ -9,6 +9,10 @@ from sagan_kernels.nn import SelfAttention2d
 from sagan_kernels.ops import attention
 
 IMPLS = ["triton", "torch"]
+# a GPU computes in float32 at most, the interpreter in float64
+DEVICE, DTYPE, TOLERANCE = (
+    ("cuda", torch.float32, 1e-3) if torch.cuda.is_available() else ("cpu", torch.float64, 1e-9)
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, within the interpreter
 
@@ -21,8 +25,8 @@ def _tiles_at_every_size(monkeypatch):
     monkeypatch.setattr(attention_tiles, "stores_map", lambda *_: False)
 
 
-def qkv(B=2, L=7, S=5, E=3, Ev=4, dtype=torch.float64):
-    return [torch.randn(B, *d, dtype=dtype) for d in [(L, E), (S, E), (S, Ev)]]
+def qkv(B=2, L=7, S=5, E=3, Ev=4, dtype=DTYPE):
+    return [torch.randn(B, *d, dtype=dtype, device=DEVICE) for d in [(L, E), (S, E), (S, Ev)]]
 
 
 def by(impl, **keywords):
@@ -30,7 +34,7 @@ def by(impl, **keywords):
 
 
 def assert_same(found, wanted):
-    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(found, wanted, rtol=TOLERANCE, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("normalize", ["keys", "queries"])
@@ -38,7 +42,7 @@ def assert_same(found, wanted):
 def test_func_grad_jvp_and_vmap_agree_with_the_formula(impl, normalize):
     q, k, v = qkv()
     directions = tuple(torch.randn_like(t) for t in (q, k, v))
-    many = torch.randn(3, *q.shape, dtype=q.dtype)
+    many = torch.randn(3, *q.shape, dtype=q.dtype, device=DEVICE)
     results = []
     for f in (by(impl, normalize=normalize), by("reference", normalize=normalize)):
         loss = lambda *t, f=f: f(*t).square().sum()  # noqa: E731
@@ -126,11 +130,13 @@ def test_gradient_penalty_inside_compile_is_right(impl):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_exports_with_a_free_batch(impl, monkeypatch):
     monkeypatch.setenv("SAGAN_KERNELS_IMPL", impl)
-    module = SelfAttention2d(16).eval()
+    module = SelfAttention2d(16).eval().to(DEVICE)
     torch.nn.init.constant_(module.gamma, 0.7)
     batch = torch.export.Dim("batch", min=2, max=64)
-    program = torch.export.export(module, (torch.randn(3, 16, 6, 5),), dynamic_shapes={"x": {0: batch}})
-    x = torch.randn(5, 16, 6, 5)
+    program = torch.export.export(
+        module, (torch.randn(3, 16, 6, 5, device=DEVICE),), dynamic_shapes={"x": {0: batch}}
+    )
+    x = torch.randn(5, 16, 6, 5, device=DEVICE)
     torch.testing.assert_close(program.module()(x), module(x))
 
 
@@ -151,7 +157,7 @@ def test_output_may_be_modified_in_place(impl):
 
 def test_autocast_casts_as_a_convolution_does():
     q, k, v = (t.requires_grad_() for t in qkv(dtype=torch.float32))
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         out = attention(q, k, v, impl="torch")
     assert out.dtype == torch.bfloat16
     (grad,) = torch.autograd.grad(out.float().square().sum(), q)
@@ -161,5 +167,5 @@ def test_autocast_casts_as_a_convolution_does():
     torch.testing.assert_close(
         grad, torch.autograd.grad(exact.square().sum(), q)[0], rtol=1e-1, atol=1e-1
     )  # fmt: skip
-    with torch.autocast("cpu", torch.float16):
+    with torch.autocast(DEVICE, torch.float16):
         assert attention(q, k, v, impl="triton").dtype == torch.float16
