@@ -62,7 +62,7 @@ _HALF_90: _Table = {
     "lse": ((64, 0, 64, 128), (256, 0, 32, 64)),
     "over_queries": ((64, 64, 64, 128), (64, 128, 64, 32), (256, 128, 32, 32)),
     "row": ((64, 128, 64, 64), (256, 128, 32, 32)),
-    "column": ((64, 128, 64, 64), (256, 128, 32, 32)),
+    "column": ((32, 128, 64, 64), (64, 128, 32, 64), (256, 128, 32, 32)),
     "double_row": ((32, 64, 64, 32), (64, 64, 32, 32), (256, 64, 16, 16)),
     "double_column": ((16, 64, 64, 64), (64, 64, 32, 64), (256, 64, 16, 16)),
     "tangent": ((32, 128, 64, 64), (64, 128, 64, 32), (256, 128, 16, 32)),
@@ -90,7 +90,7 @@ _TF32_90: _Table = {
     "row": ((64, 64, 64, 64), (256, 64, 16, 32)),
     "column": ((16, 32, 64, 64), (64, 64, 32, 64), (256, 64, 16, 32)),
     "double_row": ((16, 32, 64, 32), (64, 32, 16, 32), (256, 32, 16, 16)),
-    "double_column": ((16, 32, 64, 64), (64, 32, 32, 64), (256, 32, 16, 16)),
+    "double_column": ((64, 32, 32, 64), (256, 32, 16, 16)),
     "tangent": ((64, 64, 64, 32), (256, 64, 16, 32)),
 }
 _TF32X3_90: _Table = {
@@ -149,11 +149,8 @@ def tiling(kernel: Kernel, E: int, Ev: int, arithmetic: Arithmetic, arch: Arch) 
 
 def projection_tiling(C: int, K: int, arithmetic: Arithmetic, arch: Arch) -> ProjectionTiling:
     """The tiling of the pooled projection from C to K channels."""
-    if arithmetic == "half":
-        return ProjectionTiling(32, min(width_block(K), 64), min(width_block(C), 64))
-    if arithmetic == "tf32":
-        return ProjectionTiling(32, min(width_block(K), 64), min(width_block(C), 32))
-    return ProjectionTiling(16, min(width_block(K), 64), min(width_block(C), 32))
+    block_k, block_c = min(max(width_block(K), 32), 64), min(width_block(C), 32)
+    return ProjectionTiling(32 if arithmetic in ("half", "tf32") else 16, block_k, block_c)
 
 
 def layer_tiling(C: int, E: int, Ev: int, arithmetic: Arithmetic, arch: Arch) -> LayerTiling | None:
