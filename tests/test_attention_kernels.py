@@ -79,7 +79,7 @@ def test_kernels_pass_gradcheck_and_gradgradcheck(normalize):
 
 @pytest.mark.parametrize("scale", [1e4, 1e-4])
 def test_huge_and_tiny_logits_lose_no_more_than_the_formula_in_float32(scale, device):
-    q, k, v = (t.detach().float() for t in qkv((2, 70, 33, 5, 19), device))
+    q, k, v = (t.detach().float() for t in qkv((2, 70, 333, 5, 19), device))  # several tiles of keys
     q = q * scale
     q[:, 3] = 0  # a row of equal logits
     g = torch.randn(2, 70, 19, device=device)
@@ -132,6 +132,36 @@ def test_scores_of_minus_infinity_before_finite_ones_do_not_poison_the_row(devic
     torch.testing.assert_close(
         attention(q, k, v, impl="triton"), v[:, 100:].mean(1, keepdim=True).expand(1, 3, 4)
     )
+
+
+def test_keys_of_minus_infinity_get_the_gradients_of_the_formula(device):
+    q, k, v = torch.ones(1, 70, 1, device=device), torch.zeros(1, 33, 1, device=device), None
+    k[:, 20:] = -float("inf")
+    v = torch.randn(1, 33, 4, device=device)
+    grads = []
+    for impl in ("triton", "reference"):
+        inputs = [t.clone().requires_grad_() for t in (q, k, v)]
+        grads.append(torch.autograd.grad(attention(*inputs, impl=impl).square().sum(), inputs[1:]))
+    torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-5)
+
+
+def test_keys_wider_than_the_kernels_hold_are_refused_or_left_to_tiles(device):
+    q, k, v = (torch.randn(1, n, w, device=device) for n, w in [(5, 257), (4, 257), (4, 3)])
+    with pytest.raises(
+        NotImplementedError, match="width 256 at most, got E 257; leave impl=None to use 'torch'"
+    ):
+        attention(q, k, v, impl="triton")
+    torch.testing.assert_close(attention(q, k, v), attention(q, k, v, impl="reference"))
+
+
+@pytest.mark.parametrize("width", [65, 200, 256])
+def test_widest_keys_are_held(width, device):
+    inputs = qkv((1, 9, 7, width, 20), device, torch.float32)
+    cotangents = [torch.randn(1, 9, 20, device=device), *map(torch.randn_like, inputs)]
+    found, wanted = (
+        orders([t * 0.1 for t in inputs], "keys", impl, cotangents) for impl in ("triton", "reference")
+    )
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
 
 
 def test_offsets_beyond_32_bits_are_computed_in_64(device, monkeypatch):
@@ -191,7 +221,7 @@ def test_third_order_raises(device):
     grads = attention(*inputs, impl="triton").square().sum()
     for _ in range(2):
         grads = torch.autograd.grad(grads, inputs[0], create_graph=True)[0].square().sum()
-    with pytest.raises(NotImplementedError, match=r"third order .* impl='reference' has every order"):
+    with pytest.raises(NotImplementedError, match=r"third order, .* impl='reference' has every order"):
         torch.autograd.grad(grads, inputs[0])
 
 

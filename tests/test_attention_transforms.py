@@ -127,17 +127,83 @@ def test_gradient_penalty_inside_compile_is_right(impl):
     assert_same(found, torch.autograd.grad(penalty(*inputs, by("reference")), inputs))
 
 
+@pytest.mark.parametrize(
+    "size", [(6, 5), (32, 32)]
+)  # maps that eager stores on a CPU, or from some batch on not
 @pytest.mark.parametrize("impl", IMPLS)
-def test_exports_with_a_free_batch(impl, monkeypatch):
+def test_exports_with_a_free_batch(impl, size, monkeypatch):
+    monkeypatch.undo()
     monkeypatch.setenv("SAGAN_KERNELS_IMPL", impl)
     module = SelfAttention2d(16).eval().to(DEVICE)
     torch.nn.init.constant_(module.gamma, 0.7)
     batch = torch.export.Dim("batch", min=2, max=64)
-    program = torch.export.export(
-        module, (torch.randn(3, 16, 6, 5, device=DEVICE),), dynamic_shapes={"x": {0: batch}}
-    )
-    x = torch.randn(5, 16, 6, 5, device=DEVICE)
-    torch.testing.assert_close(program.module()(x), module(x))
+    example = torch.randn(3, 16, *size, device=DEVICE)
+    program = torch.export.export(module, (example,), dynamic_shapes={"x": {0: batch}})
+    x = torch.randn(2, 16, *size, device=DEVICE)
+    torch.testing.assert_close(program.module()(x), module(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_module_compiles_whole_with_gradients(impl, monkeypatch):
+    monkeypatch.setenv("SAGAN_KERNELS_IMPL", impl)
+    torch._dynamo.reset()
+    module, x = SelfAttention2d(16).to(DEVICE, DTYPE), torch.randn(2, 16, 6, 5, device=DEVICE, dtype=DTYPE)
+    torch.nn.init.constant_(module.gamma, 0.7)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    leaves = [x.requires_grad_(), *module.parameters()]
+    found = torch.autograd.grad(compiled(x).square().sum(), leaves)
+    assert_same(found, torch.autograd.grad(module(x).square().sum(), leaves))
+    with torch.no_grad():
+        assert_same(compiled(x), module(x))
+
+
+def test_forward_mode_within_compile_is_right_or_refused():
+    torch._dynamo.reset()
+    q, k, v = qkv()
+    along = lambda f: lambda q: torch.func.jvp(lambda t: f(t, k, v), (q,), (torch.ones_like(q),))[1]  # noqa: E731
+    found = torch.compile(along(by(None)), fullgraph=True, backend="aot_eager")(q)
+    assert_same(found, along(by("reference"))(q))
+    with pytest.raises(
+        Exception, match=r"within torch\.compile, torch\.func and forward mode have no kernels"
+    ):
+        torch.compile(along(by("triton")), fullgraph=True, backend="aot_eager")(q)
+
+
+def test_reverse_over_forward_of_attention_over_queries_is_refused_by_name():
+    q, k, v = qkv()
+    along = lambda q: torch.func.jvp(by("torch", normalize="queries"), (q, k, v), (q, k, v))[1].sum()  # noqa: E731
+    with pytest.raises(NotImplementedError, match="forward mode of normalize='queries'"):
+        torch.func.grad(along)(q)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_layer_under_autocast_takes_wide_and_narrow_inputs(impl, dtype, grad, monkeypatch):
+    module, x = SelfAttention2d(16).to(DEVICE), torch.randn(2, 16, 6, 5, device=DEVICE)
+    torch.nn.init.constant_(module.gamma, 0.7)
+    expected = module(x)
+    monkeypatch.setenv("SAGAN_KERNELS_IMPL", impl)
+    with torch.set_grad_enabled(grad), torch.autocast(DEVICE, torch.float16):
+        found = module(x.to(dtype))
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.float(), expected, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="bfloat16 is refused by the interpreter only")
+def test_autocast_to_a_dtype_the_kernels_lack_is_refused(monkeypatch):
+    monkeypatch.setenv("SAGAN_KERNELS_IMPL", "triton")
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(NotImplementedError, match="bfloat16"):
+        SelfAttention2d(16)(torch.zeros(1, 16, 4, 4))
+
+
+def test_autocast_that_leaves_dtypes_apart_is_refused():
+    q, k, v = qkv(dtype=torch.float32)
+    with (
+        torch.autocast(DEVICE, torch.float16),
+        pytest.raises(ValueError, match=r"one dtype, got torch\.float16 and"),
+    ):
+        attention(q.double(), k, v)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -83,6 +83,49 @@ def test_fused_layer_is_as_exact_as_its_dtype(dtype):
     torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
 
 
+def test_fused_layer_reads_maps_whose_rows_are_not_dense():
+    given, x = weights(24, 3, 12, True), random(2, 24, 6, 4)
+    for view in (x.mT, random(2, 24, 6, 9)[..., ::2]):
+        assert_same(call("triton", view, given), call("reference", view, given))
+
+
+def test_a_bias_alone_gets_its_gradient():
+    given, x = weights(24, 3, 12, True), random(2, 24, 4, 4)
+    for name in ("query_bias", "key_bias", "value_bias", "out_bias"):
+        given[name].requires_grad_()
+        found, expected = (
+            torch.autograd.grad(call(impl, x, given).square().sum(), given[name])
+            for impl in ("triton", "reference")
+        )
+        assert_same(found, expected)
+        given[name].requires_grad_(False)
+
+
+def test_wide_offsets_change_nothing(monkeypatch):
+    from sagan_kernels.ops import sagan_layer
+
+    given, x = weights(24, 3, 12, False), random(2, 24, 6, 4)
+    expected = call("triton", x, given)
+    monkeypatch.setattr(sagan_layer, "reach", lambda tensor: 2**31)
+    assert_same(call("triton", x, given), expected)
+
+
+def test_older_hooks_normalize_and_train_the_weights():
+    module, x = SelfAttention2d(16).to(DEVICE, DTYPE), random(2, 16, 6, 6)
+    torch.nn.init.constant_(module.gamma, 0.7)
+    for name in ("query", "key", "value", "out"):
+        torch.nn.utils.spectral_norm(getattr(module, name), n_power_iterations=30)
+    convolved = module.query(x)  # the convolution itself, called
+    layer = module(x)
+    layer.square().sum().backward()
+    for name in ("query", "key", "value", "out"):
+        conv = getattr(module, name)
+        assert conv.weight_orig.grad.abs().max() > 0
+        weight = conv.weight.detach().flatten(1)
+        torch.testing.assert_close(torch.linalg.matrix_norm(weight, 2).item(), 1.0, rtol=1e-3, atol=0)
+    assert_same(F.conv2d(x, module.query.weight), convolved)
+
+
 def test_fused_layer_runs_only_where_no_derivative_can_be_taken(monkeypatch):
     from sagan_kernels.ops import attention
 
@@ -210,7 +253,7 @@ def test_attention_map_rows_are_those_the_layer_uses(layer):
     assert_same(module(x), x + (module.out(o) if pooled else o))
 
 
-@pytest.mark.parametrize("positions", [[30], [-1], [0.5], [[1]]])
+@pytest.mark.parametrize("positions", [[30], [-1], [0.5], [[1]], [True] * 30])
 def test_positions_outside_the_map_are_refused(positions):
     with pytest.raises(ValueError, match="positions must be 1-D integers from 0 to 29"):
         SelfAttention2d(16).attention_map(torch.zeros(1, 16, 6, 5), torch.tensor(positions))
@@ -227,6 +270,10 @@ def test_positions_outside_the_map_are_refused(positions):
         ({"out_weight": torch.zeros(12, 24, 1, 1)}, ValueError, r"out_weight must be \(24, 12, 1, 1\)"),
         ({"out_weight": None}, ValueError, r"value_weight must be \(C, C\), got \(12, 24\)"),
         ({"gamma": torch.zeros(24)}, ValueError, r"gamma must have one element, got \(24,\)"),
+        ({"gamma": torch.zeros((), device="meta")}, ValueError, "gamma must be on cpu as x is, got meta"),
+        ({"gamma": torch.zeros((), dtype=torch.int64)}, TypeError, "gamma must be floating-point"),
+        ({"query_weight": torch.zeros(())}, ValueError, r"query_weight must be \(E, C, 1, 1\), got \(\)"),
+        ({"query_bias": torch.zeros(3, 1)}, ValueError, r"query_bias must be \(3,\)"),
         ({"query_bias": torch.zeros(4)}, ValueError, r"query_bias must be \(3,\)"),
         ({"value_weight": torch.zeros(12, 24, 1, 1).double()}, ValueError, "value_weight must be torch.float32 as x"),
         ({"value_weight": torch.zeros(12, 24, 1, 1, device="meta")}, ValueError, "must be on cpu as x is, got meta"),

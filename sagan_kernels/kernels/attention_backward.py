@@ -79,6 +79,8 @@ def attention_backward_column_kernel(
         shift, log_total = load_lse(lse_ptr + image * 2 * L, rows, L)
         delta = tl.load(delta_ptr + image * L + rows, mask=rows < L, other=0.0)
         score = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=ACC)  # (BLOCK_S, BLOCK_L)
+        if not EVEN_L:
+            score = tl.where(rows[None, :] < L, score, -float("inf"))
         p = tl.exp2(score * LOG2E - shift[None, :] - log_total[None, :])
         dv = tl.dot(p.to(g.dtype), g, dv, input_precision=PRECISION, out_dtype=ACC)
         ds = p * (tl.dot(v, tl.trans(g), input_precision=PRECISION, out_dtype=ACC) - delta[None, :])

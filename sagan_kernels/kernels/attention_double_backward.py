@@ -115,6 +115,8 @@ def attention_double_backward_column_kernel(
         r = tl.load(r_ptr + image * L + rows, mask=rows < L, other=0.0)
         x_sum = tl.load(x_sum_ptr + image * L + rows, mask=rows < L, other=0.0)
         score = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=ACC)  # (BLOCK_S, BLOCK_L)
+        if not EVEN_L:
+            score = tl.where(rows[None, :] < L, score, -float("inf"))
         p = tl.exp2(score * LOG2E - shift[None, :] - log_total[None, :])
         t = tl.dot(k, tl.trans(a), input_precision=PRECISION, out_dtype=ACC)
         t = tl.dot(b, tl.trans(q), t, input_precision=PRECISION, out_dtype=ACC)

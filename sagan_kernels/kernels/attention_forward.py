@@ -10,7 +10,15 @@ Method   online softmax, arXiv:1805.02867; tiling, arXiv:2205.14135.
 import triton
 import triton.language as tl
 
-from sagan_kernels.kernels.tiles import LOG2E, indices, load_lse, load_tile, shift_of, store_lse, store_tile
+from sagan_kernels.kernels.tiles import (
+    LOG2E,
+    finite_or_zero,
+    indices,
+    load_lse,
+    load_tile,
+    store_lse,
+    store_tile,
+)
 
 
 @triton.jit
@@ -52,11 +60,14 @@ def attention_forward_kernel(
 def online_softmax(score, peak, total):
     """Takes a tile of scores into the running row maximum and denominator.
 
+    The maximum is kept in base 2 and rounded: multiplied anew each time, the fused multiply-add of a GPU would make
+    the factor of an unchanged maximum differ from 1, and that would add up over tiles.
+
     Returns the two, the tile's exponentials, and the factor that brings earlier sums to the new maximum.
     """
-    new_peak = tl.maximum(peak, tl.max(score, axis=1))
-    shift = shift_of(new_peak)
-    rescale = tl.exp2(peak * LOG2E - shift)
+    new_peak = tl.maximum(peak, tl.max(score, axis=1) * LOG2E)
+    shift = finite_or_zero(new_peak)
+    rescale = tl.exp2(peak - shift)
     p = tl.exp2(score * LOG2E - shift[:, None])
     return new_peak, total * rescale + tl.sum(p, axis=1), p, rescale
 
@@ -115,6 +126,8 @@ def attention_over_queries_kernel(
         v = load_tile(v_ptr + image * v_image, cols, ev, v_row, v_col, S, EV, EVEN_S, BLOCK_EV)
         shift, log_total = load_lse(lse_ptr + image * 2 * S, cols, S)
         score = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC)
+        if not EVEN_S:
+            score = tl.where(cols[None, :] < S, score, -float("inf"))
         p = tl.exp2(score * LOG2E - shift[None, :] - log_total[None, :])
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION, out_dtype=ACC)
     store_tile(out_ptr + image * out_image, acc, rows, ev, out_row, out_col, L, EV, EVEN_L, BLOCK_EV)

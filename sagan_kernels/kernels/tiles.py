@@ -56,7 +56,7 @@ def store_lse(lse_ptr, rows, n_rows, peak, total):
     In one float32 a sum near 1e4 would be off by 1e-3, and every probability of the row with it. SAGAN's logits are
     unscaled, so such sums occur.
     """
-    tl.store(lse_ptr + rows, shift_of(peak), mask=rows < n_rows)
+    tl.store(lse_ptr + rows, finite_or_zero(peak), mask=rows < n_rows)
     tl.store(lse_ptr + n_rows + rows, tl.log2(total), mask=rows < n_rows)
 
 
@@ -68,6 +68,6 @@ def load_lse(lse_ptr, rows, n_rows):
 
 
 @triton.jit
-def shift_of(peak):
-    """What to subtract from base-2 scores; a row of -inf so far must not become NaN, for finite ones may follow."""
-    return tl.where(peak == -float("inf"), 0.0, peak) * LOG2E
+def finite_or_zero(peak):
+    """What to subtract from scores; a row of -inf so far must not become NaN, for finite ones may follow."""
+    return tl.where(peak == -float("inf"), 0.0, peak)

@@ -46,9 +46,8 @@ class SelfAttention2d(nn.Module):
         self.gamma = nn.Parameter(torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
-        return sagan_attention(
-            x, self.query.weight, self.key.weight, self.value.weight, self.out.weight, self.gamma
-        )
+        query, key, value, out = (_weight(conv) for conv in (self.query, self.key, self.value, self.out))
+        return sagan_attention(x, query, key, value, out, self.gamma)
 
     @torch.no_grad()
     def attention_map(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
@@ -94,8 +93,9 @@ class PaperSelfAttention2d(nn.Module):
         self.gamma = nn.Parameter(torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
+        query, key, value = (_weight(conv) for conv in (self.query, self.key, self.value))
         return sagan_attention(
-            x, self.query.weight, self.key.weight, self.value.weight, None, self.gamma,
+            x, query, key, value, None, self.gamma,
             query_bias=self.query.bias, key_bias=self.key.bias, value_bias=self.value.bias, pool=False,
         )  # fmt: skip
 
@@ -110,6 +110,17 @@ def _check_channels(module: nn.Module, channels: int) -> None:
         raise ValueError(
             f"{type(module).__name__}: channels must be a positive multiple of 8, got {channels}"
         )
+
+
+def _weight(conv: nn.Conv2d) -> Tensor:
+    """The weight of a convolution that is not called itself.
+
+    The older half of torch.nn.utils (spectral_norm, weight_norm, prune) computes weights in hooks before a call.
+    """
+    for hook in conv._forward_pre_hooks.values():
+        if type(hook).__module__.startswith("torch.nn.utils"):
+            hook(conv, ())
+    return conv.weight
 
 
 def _attention_map(query: Tensor, key: Tensor, positions: Tensor | None) -> Tensor:

@@ -1,6 +1,6 @@
 """SAGAN self-attention as functions: the attention product, and the whole layer around it."""
 
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -34,10 +34,13 @@ def attention(
     Raises:
         TypeError: a tensor is not floating-point, or is a DTensor.
         ValueError: shapes, dtypes or devices do not fit together, or `normalize` is no such word.
-        NotImplementedError: `impl` cannot run here; on the third derivative.
+        NotImplementedError: `impl` cannot run here, or E is over 256 with "triton"; on the third derivative.
 
-    Gradients: first and second order, in reverse and forward mode, so gradient penalties (R1, WGAN-GP) work, in
-    O(L + S) memory for all of them. impl="reference" has every order.
+    Gradients: first and second order, so gradient penalties (R1, WGAN-GP) work, in O(L + S) memory but for maps of
+    2 MiB or less on a CPU, which are stored. Forward mode works, and over or under one reverse pass, except in reverse
+    over forward with normalize="queries", and forward over forward, which raise as third order does. Within
+    `torch.compile`, `torch.func` and forward mode take the formula, in O(L S) memory, or raise where `impl` is given.
+    impl="reference" has every order.
 
     Source: SAGAN, arXiv:1805.08318, equations 1 and 2; torchgan's normalization from its released code.
     """
@@ -45,7 +48,9 @@ def attention(
     if normalize not in ("keys", "queries"):
         raise ValueError(f"attention: normalize must be 'keys' or 'queries', got {normalize!r}")
     query, key, value = _autocast(query), _autocast(key), _autocast(value)
-    chosen = choose(impl, query)
+    if len(dtypes := {query.dtype, key.dtype, value.dtype}) > 1:
+        raise ValueError(f"attention: tensors must have one dtype, got {_listed(dtypes)}")
+    chosen = _choose(impl, query, query.shape[2])
     out = _attention(query, key, value, normalize, chosen)
     # backward reads out: what the caller may modify in place must be another tensor
     return out.clone() if chosen != "reference" and out.requires_grad and normalize == "keys" else out
@@ -98,6 +103,9 @@ def sagan_attention(
     """
     _check_layer(x, pool, normalize)
     C = x.shape[1]
+    for name, weight in (("query_weight", query_weight), ("value_weight", value_weight)):
+        if weight.ndim < 2:
+            raise ValueError(f"sagan_attention: {name} must be (E, C, 1, 1), got {tuple(weight.shape)}")
     E, Ev = query_weight.shape[0], value_weight.shape[0]
     weights = {
         "query_weight": (query_weight, (E, C)),
@@ -119,12 +127,13 @@ def sagan_attention(
         )
     if gamma.numel() != 1:
         raise ValueError(f"sagan_attention: gamma must have one element, got {tuple(gamma.shape)}")
+    _check_weight(x, "gamma", gamma, tuple(gamma.shape))
     gamma = gamma.reshape(())
     query_weight, key_weight, value_weight = (
         w.reshape(*w.shape[:2], 1, 1) for w in (query_weight, key_weight, value_weight)
     )
     out_weight = out_weight if out_weight is None else out_weight.reshape(C, Ev, 1, 1)
-    chosen = choose(impl, x)
+    chosen = _choose(impl, x, E)
     if chosen == "reference":
         return reference.sagan_attention(
             x, query_weight, key_weight, value_weight, out_weight, gamma,
@@ -151,15 +160,15 @@ def sagan_attention(
         chosen == "triton"
         and out_weight is not None
         and normalize == "keys"
-        and key.dtype == x.dtype
+        and key.dtype == x.dtype  # under autocast x itself may be wider, and so may the sum with it
         and x.numel()
         and x.stride(2) == x.shape[3] * x.stride(3)
         and configs.layer_tiling(C, E, Ev, configs.arithmetic(x), configs.architecture(x.device)) is not None
         and not _differentiated(x, query_weight, key, value, out_weight, gamma, query_bias, out_bias)
     ):
-        return sagan_forward(
-            x, query_weight.flatten(1), query_bias, key, value, out_weight.flatten(1), out_bias, gamma
-        )
+        query_weight, out_weight = _autocast(query_weight.flatten(1)), _autocast(out_weight.flatten(1))
+        query_bias, out_bias = (b if b is None else _autocast(b) for b in (query_bias, out_bias))
+        return sagan_forward(x, query_weight, query_bias, key, value, out_weight, out_bias, gamma)
     query = reference.positions(F.conv2d(x, query_weight, query_bias))  # (B, L, E)
     o = _attention(query, key, value, normalize, chosen).mT.unflatten(2, x.shape[2:])  # (B, Ev, H, W)
     return torch.addcmul(x, gamma, o if out_weight is None else F.conv2d(o, out_weight, out_bias))
@@ -170,7 +179,7 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, normalize: Positions, 
     (B, L, _), S = query.shape, key.shape[1]
     if impl == "reference" or 0 in (B, L, S, *value.shape):
         return reference.attention(query, key, value, normalize=normalize)
-    if impl == "torch" and attention_tiles.stores_map(B, L, S):
+    if impl == "torch" and not _transformed() and _stores_map(B, L, S):
         return reference.attention(query, key, value, normalize=normalize)
     if normalize == "queries":
         return attention_over_queries(query, key, value, impl)
@@ -209,9 +218,40 @@ def _differentiated(*tensors: Tensor | None) -> bool:
     """Whether a derivative of any kind may be taken through what follows."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return True
-    if torch.compiler.is_compiling():
-        return False
+    return _transformed()
+
+
+def _transformed() -> bool:
+    """Whether `torch.func` or forward mode is at work, where requires_grad does not tell of derivatives."""
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+def _stores_map(B: int, L: int, S: int) -> bool:
+    """`attention_tiles.stores_map`, where a free size of an exported program is taken for a large one."""
+    stored = attention_tiles.stores_map(B, L, S)
+    if not torch.compiler.is_compiling():
+        return stored
+    from torch.fx.experimental.symbolic_shapes import (
+        statically_known_true,
+    )  # sympy takes half a second to load
+
+    return statically_known_true(stored)
+
+
+def _choose(impl: Impl | None, tensor: Tensor, E: int) -> Impl:
+    """The implementation for keys of width E and the dtype that autocast gives `tensor`."""
+    chosen = choose(impl, _autocast(tensor[:0]))
+    reason = None
+    if chosen == "triton" and E > 256:
+        reason, instead = f"the kernels hold keys of width 256 at most, got E {E}", "torch"
+    elif chosen != "reference" and torch.compiler.is_compiling() and _transformed():
+        # an operator in a traced program carries no tangent, and says nothing
+        reason, instead = "within torch.compile, torch.func and forward mode have no kernels", "reference"
+    if reason is None:
+        return chosen
+    if impl is not None:
+        raise NotImplementedError(f"impl={impl!r}: {reason}; leave impl=None to use {instead!r}")
+    return cast(Impl, instead)
 
 
 def _stacked(
@@ -251,10 +291,6 @@ def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
         raise ValueError(f"attention: key and value must have the same length S, got {shapes}")
     if len(devices := {t.device for t in tensors.values()}) > 1:
         raise ValueError(f"attention: tensors must be on one device, got {_listed(devices)}")
-    if len(dtypes := {t.dtype for t in tensors.values()}) > 1 and not torch.is_autocast_enabled(
-        query.device.type
-    ):
-        raise ValueError(f"attention: tensors must have one dtype, got {_listed(dtypes)}")
 
 
 def _check_layer(x: Tensor, pool: bool, normalize: Positions) -> None:
@@ -272,7 +308,7 @@ def _check_weight(x: Tensor, name: str, tensor: Tensor | None, shape: tuple[int,
     if tensor is None:
         return
     _check_kind("sagan_attention", name, tensor)
-    if tuple(tensor.shape[: len(shape)]) != shape or tensor.numel() != shape[0] * (*shape, 1)[1]:
+    if tuple(tensor.shape) not in (shape, (*shape, 1), (*shape, 1, 1))[: 1 if len(shape) < 2 else 3]:
         wanted = f"{shape}" if len(shape) == 1 else f"{(*shape, 1, 1)}"
         raise ValueError(
             f"sagan_attention: {name} must be {wanted} for x {tuple(x.shape)}, got {tuple(tensor.shape)}"
@@ -286,7 +322,7 @@ def _check_weight(x: Tensor, name: str, tensor: Tensor | None, shape: tuple[int,
 def _check_kind(where: str, name: str, tensor: Tensor) -> None:
     if not tensor.is_floating_point():
         raise TypeError(f"{where}: {name} must be floating-point, got {tensor.dtype}")
-    if any(cls.__name__ == "DTensor" for cls in type(tensor).__mro__):
+    if type(tensor).__name__ == "DTensor":
         raise TypeError(
             f"{where}: {name} must be a plain tensor, got a DTensor; gather it first with full_tensor()"
         )

@@ -58,7 +58,7 @@ def backward(
     sums_key: list[Tensor] = []
     for part in _value_parts(("row", "column"), query, value):
         q, k, v, o, g = query, key, value[..., part], out[..., part], grad[..., part]
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), grad_value[..., part]
+        dq, dk, dv = _empty_term(q, v, value), _empty_term(k, v, value), grad_value[..., part]
         _launch(
             attention_backward_row_kernel, "row", (q, k, v, o, lse, g, dq, delta), (q, k, v, o, g, dq), "rows"
         )
@@ -67,7 +67,7 @@ def backward(
         )  # fmt: skip
         sums_query.append(dq)
         sums_key.append(dk)
-    return _sum(sums_query), _sum(sums_key), grad_value
+    return _sum(sums_query, query), _sum(sums_key, key), grad_value
 
 
 def double_backward(
@@ -95,7 +95,8 @@ def double_backward(
     sums_key: list[Tensor] = []
     for part in _value_parts(("double_row", "double_column"), query, value):
         q, k, v, o, g, c_part = query, key, value[..., part], out[..., part], grad[..., part], c[..., part]
-        q2, k2, v2, g2 = torch.empty_like(q), torch.empty_like(k), value2[..., part], grad2[..., part]
+        q2, k2 = _empty_term(q, v, value), _empty_term(k, v, value)
+        v2, g2 = value2[..., part], grad2[..., part]
         # r · grad_query is counted once: grad_query is the sum over the parts
         dq = torch.zeros_like(grad_query) if sums_query else grad_query
         _launch(
@@ -114,7 +115,7 @@ def double_backward(
         )
         sums_query.append(q2)
         sums_key.append(k2)
-    return _sum(sums_query), _sum(sums_key), value2, grad2
+    return _sum(sums_query, query), _sum(sums_key, key), value2, grad2
 
 
 def tangent(
@@ -177,8 +178,13 @@ def _value_parts(kernels: tuple[configs.Kernel, ...], query: Tensor, value: Tens
     return (slice(start, min(start + width, Ev)) for start in range(0, Ev, width))
 
 
-def _sum(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.empty_like(parts[0]).copy_(torch.stack(parts).sum(0))
+def _empty_term(tensor: Tensor, part: Tensor, value: Tensor) -> Tensor:
+    """Like `tensor`, in the dtype of sums where more than one part of the values contributes."""
+    return torch.empty_like(tensor, dtype=None if part.shape == value.shape else _sum_dtype(tensor))
+
+
+def _sum(terms: list[Tensor], like: Tensor) -> Tensor:
+    return terms[0] if len(terms) == 1 else torch.empty_like(like).copy_(torch.stack(terms).sum(0))
 
 
 def reach(tensor: Tensor) -> int:

@@ -152,7 +152,8 @@ def grad_over_queries(
 def third_order(ctx: Any, *grads: Tensor) -> None:
     """Refuse."""
     raise NotImplementedError(
-        "attention: gradients of third order are not implemented; impl='reference' has every order"
+        "attention: gradients of third order, and reverse mode over the forward mode of normalize='queries', are not"
+        " implemented; impl='reference' has every order"
     )
 
 

@@ -173,7 +173,7 @@ def layer_tiling(C: int, E: int, Ev: int, arithmetic: Arithmetic, arch: Arch) ->
 
 def architecture(device: torch.device) -> Arch:
     """The table to use on `device`; without a GPU, where kernels are interpreted, any will do."""
-    if device.type != "cuda":
+    if device.type != "cuda" or interpreted():
         return "sm_90"
     if torch.version.hip:
         return "gfx942"
