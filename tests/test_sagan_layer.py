@@ -122,7 +122,8 @@ def test_older_hooks_normalize_and_train_the_weights():
         conv = getattr(module, name)
         assert conv.weight_orig.grad.abs().max() > 0
         weight = conv.weight.detach().flatten(1)
-        torch.testing.assert_close(torch.linalg.matrix_norm(weight, 2).item(), 1.0, rtol=1e-3, atol=0)
+        torch.testing.assert_close(torch.linalg.matrix_norm(weight, 2).item(), 1.0, rtol=2e-2, atol=0)
+        assert not 0.98 < torch.linalg.matrix_norm(conv.weight_orig.flatten(1), 2) < 1.02
     assert_same(F.conv2d(x, module.query.weight), convolved)
 
 

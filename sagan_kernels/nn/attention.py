@@ -130,6 +130,7 @@ def _attention_map(query: Tensor, key: Tensor, positions: Tensor | None) -> Tens
         if (
             positions.ndim != 1
             or positions.is_floating_point()
+            or positions.dtype == torch.bool
             or not ((positions >= 0) & (positions < L)).all()
         ):
             raise ValueError(
