@@ -1,15 +1,19 @@
-"""Model folders: config.json and safetensors, written whole, read with every check. Knows no architecture.
+"""Model folders, here or on the Hugging Face Hub: written whole, read with every check. Knows no architecture.
 
 A folder holds one file a network, `generator.safetensors` and `discriminator.safetensors`, and `config.json`:
 
     {"format_version": 1, "library_name": "sagan-kernels", "library_version": "0.1.0",
      "generator": {keyword arguments}, "discriminator": {keyword arguments}, "class_names": ["...", ...],
      "sha256": {"generator.safetensors": "...", "discriminator.safetensors": "..."}}
+
+Other keys are left alone. No pickle is ever read: not from a folder, not from the Hub.
 """
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -21,10 +25,19 @@ from torch import Tensor, nn
 import sagan_kernels
 from sagan_kernels import zoo
 from sagan_kernels.files import write_together
+from sagan_kernels.hub_transfer import (
+    LIBRARY_NAME,
+    PICKLES,
+    PIPELINE_TAG,
+    Access,
+    is_repo_id,
+    push,
+    remote_files,
+    told_files,
+    told_names,
+)
 
 FORMAT_VERSION = 1
-LIBRARY_NAME = "sagan-kernels"
-PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 
 
 class Pretrained(nn.Module):
@@ -42,19 +55,47 @@ class Pretrained(nn.Module):
     class_names: list[str] | None = None
 
     @classmethod
-    def from_pretrained(cls, name_or_dir: str | Path) -> Self:
+    def from_pretrained(
+        cls,
+        name_or_dir: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+        subfolder: str | None = None,
+    ) -> Self:
         """The network in a model folder, in eval mode, fp32 on the CPU, with `class_names` set where known.
 
         Args:
-            name_or_dir: name of a zoo entry, or a folder that `save_pretrained` wrote. A zoo name wins;
-                `./name` is the folder of the same name.
+            name_or_dir: name of a zoo entry, a folder that `save_pretrained` wrote, or a repository of the Hub
+                (`namespace/name`). A zoo name wins, then a folder; `./name` is always a folder.
+            revision: branch, tag or commit of the repository; None for main.
+            token: for a private repository; None for the stored one.
+            cache_dir: where fetched files are kept; None for the Hub client's own place.
+            local_files_only: take what the cache has and ask nobody. HF_HUB_OFFLINE=1 does so everywhere.
+            force_download: fetch again what the cache has.
+            subfolder: of the folder or repository.
 
         Raises:
             ValueError: no such entry or folder (with the nearest names), no weights, or what is there is
-                damaged, of a newer format, of another library or a pickle.
-            FileNotFoundError: the folder lacks config.json or the weights.
+                damaged, of a newer format, of another library or a pickle; a revision of what has none.
+            FileNotFoundError: the folder lacks config.json or the weights; the Hub has no such repository,
+                revision or file, or the cache has it not while offline.
+            PermissionError: the token gives no right to read.
+            ConnectionError: the Hub does not serve, and the cache has nothing.
+            OSError: the cache cannot be written.
         """
-        folder = resolve(name_or_dir)
+        access = Access(
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            force_download=force_download,
+            subfolder=subfolder,
+        )
+        folder = resolve(name_or_dir, cls.part, access)
         config = read_config(folder)
         tensors = _read_tensors(folder, config, cls.part)
         try:
@@ -110,6 +151,10 @@ class Pretrained(nn.Module):
         self._check_names(config["class_names"], f"save_pretrained: {folder}")
         config["sha256"][weights.name] = hashlib.sha256(content).hexdigest()
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        if json.loads(text)[self.part] != self.config:
+            raise ValueError(
+                f"save_pretrained: config must hold what JSON gives back as it was, got {self.config!r}"
+            )
         write_together(
             {
                 weights: lambda temporary: temporary.write_bytes(content),
@@ -118,6 +163,80 @@ class Pretrained(nn.Module):
         )
         return folder
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        class_names: Sequence[str] | None = None,
+        dtype: torch.dtype | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        private: bool | None = None,
+        create_pr: bool = False,
+        commit_message: str | None = None,
+    ) -> str:
+        """Put weights and config.json into a repository of the Hub as one commit; it is made when not there.
+
+        The other network that the repository may hold stays, as does its card; a repository without a card gets
+        a short one, to which a licence should be added.
+
+        Args:
+            repo_id: "namespace/name".
+            class_names: as `save_pretrained`.
+            dtype: as `save_pretrained`.
+            revision: an existing branch; None for main.
+            token: of an account that may write; None for the stored one.
+            private: of a repository that is made; None for the namespace's default.
+            create_pr: open a pull request instead of committing to the branch.
+            commit_message: None for one that names the part.
+
+        Returns:
+            URL of the commit, or of the pull request.
+
+        Raises:
+            ValueError: as `save_pretrained`, or no repository name.
+            FileNotFoundError: no such branch.
+            PermissionError: the token gives no right to write.
+            ConnectionError: the Hub does not answer or somebody else pushed; the repository is as it was.
+        """
+        head, present = remote_files(repo_id, token=token, revision=revision)
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            if "config.json" in present:
+                config = Access(revision=head, token=token).fetch(repo_id, "config.json", "push_to_hub")
+                read_config(config.parent)
+                (folder / "config.json").write_bytes(config.read_bytes())
+            self.save_pretrained(folder, class_names, dtype=dtype)
+            if "README.md" not in present:
+                (folder / "README.md").write_text(self._short_card(repo_id), encoding="utf-8")
+            return push(
+                repo_id,
+                folder,
+                message=commit_message or f"Put the {self.part}'s weights",
+                token=token,
+                revision=revision,
+                private=private,
+                create_pr=create_pr,
+                parent_commit=head,
+            )
+
+    def _short_card(self, repo_id: str) -> str:
+        name = type(self).__name__
+        return f"""---
+library_name: {LIBRARY_NAME}
+pipeline_tag: {PIPELINE_TAG}
+tags: [gan, sagan]
+---
+
+# {repo_id.split("/")[-1]}
+
+```python
+from sagan_kernels import {name}
+
+{self.part} = {name}.from_pretrained("{repo_id}")
+```
+"""
+
     def _check_names(self, names: list[str] | None, where: str) -> None:
         if names is not None and len(names) != self.config["num_classes"]:
             raise ValueError(
@@ -125,24 +244,40 @@ class Pretrained(nn.Module):
             )
 
 
-def resolve(name_or_dir: str | Path) -> Path:
-    """The folder of a zoo entry's weights, or the folder itself.
+def resolve(name_or_dir: str | Path, part: str | None = None, access: Access | None = None) -> Path:
+    """The folder of a model: of a zoo entry, the folder itself, or where the Hub's files are in the cache.
+
+    Args:
+        name_or_dir: as `Pretrained.from_pretrained`.
+        part: the network whose weights are wanted from the Hub; None for config.json alone.
+        access: how files of the Hub are fetched.
 
     Raises:
-        ValueError: neither; the message gives the nearest zoo names, or refuses a pickle with the reason.
+        ValueError: none of them; the message gives the nearest zoo names, or refuses a pickle with the reason.
+        FileNotFoundError, PermissionError, ConnectionError, OSError: as `Access.fetch`.
     """
-    if str(name_or_dir) in zoo.list_models():
-        return zoo.weights_folder(str(name_or_dir))
+    access = access or Access()
     path = Path(name_or_dir)
+    zoo_entry = str(name_or_dir) in zoo.list_models()
+    if isinstance(name_or_dir, str) and not zoo_entry and not path.exists() and is_repo_id(name_or_dir):
+        return _fetched(name_or_dir, part, access)
+    if access.revision is not None:
+        raise ValueError(
+            f"from_pretrained: revision must be left out for {str(name_or_dir)!r}, which is not on the Hub, "
+            f"got {access.revision!r}"
+        )
+    if zoo_entry:
+        return zoo.weights_folder(str(name_or_dir)) / (access.subfolder or "")
     if not str(name_or_dir):
         raise ValueError("from_pretrained: must be a zoo entry or a model folder, got an empty name")
+    path = path / (access.subfolder or "")
     if not (path / "config.json").exists() and (path / "best" / "config.json").is_file():
         raise ValueError(f"{path}: must be a model folder, got a run folder; give {path / 'best'}")
     if path.is_file():
         raise ValueError(f"{path}: must be a model folder with config.json, got {_kind(path)}")
     if not path.is_dir():
         raise ValueError(
-            f"from_pretrained: must be a zoo entry or a model folder, got {str(name_or_dir)!r}; "
+            f"from_pretrained: must be a zoo entry or a model folder, got {str(path)!r}; "
             f"{zoo.nearest(str(name_or_dir))}"
         )
     return path
@@ -168,7 +303,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: library_name must be {LIBRARY_NAME!r}, got {library!r}")
     for key in ("format_version", "library_name", "sha256"):
         if key not in config:
-            raise ValueError(f"{path}: must have the key {key!r}, got {_names(config)}")
+            raise ValueError(f"{path}: must have the key {key!r}, got {told_names(config)}")
     version = config["format_version"]
     if type(version) is not int or version < 1:
         raise ValueError(f"{path}: format_version must be a whole number from 1, got {version!r}")
@@ -192,13 +327,13 @@ def _read_tensors(folder: Path, config: dict[str, Any], part: str) -> dict[str, 
         raise FileNotFoundError(f"{path}: must be there, got {_listing(folder)}")
     for key, table in ((part, config), (path.name, config["sha256"])):
         if key not in table:
-            raise ValueError(f"{folder / 'config.json'}: must have the key {key!r}, got {_names(table)}")
+            raise ValueError(f"{folder / 'config.json'}: must have the key {key!r}, got {told_names(table)}")
     content = path.read_bytes()  # the bytes that were checked are the bytes that are loaded
     found, expected = hashlib.sha256(content).hexdigest(), str(config["sha256"][path.name])
     if found != expected:
         raise ValueError(
             f"{path}: sha256 must be config.json's {expected[:12]}…, got {found[:12]}…; "
-            "the file is truncated or altered, fetch it again"
+            "the file is truncated or altered, fetch it again (from the Hub: force_download=True)"
         )
     try:
         return safetensors.torch.load(content)
@@ -218,7 +353,7 @@ def _load_strictly(model: nn.Module, tensors: dict[str, Tensor], where: Path) ->
         },
     }
     if any(faults.values()):
-        told = "; ".join(f"{len(keys)} {fault}: {_names(keys)}" for fault, keys in faults.items() if keys)
+        told = "; ".join(f"{len(keys)} {fault}: {told_names(keys)}" for fault, keys in faults.items() if keys)
         raise ValueError(f"{where}: tensors must be those of config.json's network, got {told}")
     model.load_state_dict(tensors)
 
@@ -235,26 +370,23 @@ def _stored(tensors: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, 
     return stored
 
 
+def _fetched(repo_id: str, part: str | None, access: Access) -> Path:
+    """The folder of a repository's files in the cache, all of one commit."""
+    config = access.fetch(repo_id, "config.json")
+    read_config(config.parent)  # another library's weights are not worth fetching
+    if part is not None:
+        pinned = replace(access, revision=access.commit(config))
+        pinned.fetch(repo_id, f"{part}.safetensors")
+    return config.parent
+
+
 def _weights_file(folder: Path, part: str) -> Path:
     return folder / f"{part}.safetensors"
 
 
 def _kind(path: Path) -> str:
-    if path.suffix in PICKLES:
-        return f"{path.name}, a pickle, refused because loading one can run any code; ask for safetensors"
-    return f"the file {path.name}; give the folder"
+    return told_files([path.name]) if path.suffix in PICKLES else f"the file {path.name}; give the folder"
 
 
 def _listing(folder: Path) -> str:
-    files = sorted(path for path in folder.iterdir() if path.is_file())
-    pickles = [path for path in files if path.suffix in PICKLES]
-    if pickles and not any(path.suffix == ".safetensors" for path in files):
-        return _kind(pickles[0])
-    return _names(path.name for path in files)
-
-
-def _names(names: Iterable[str]) -> str:
-    """The first few of `names`, for a message."""
-    ordered = sorted(names)
-    more = f" and {len(ordered) - 3} more" if len(ordered) > 3 else ""
-    return (", ".join(ordered[:3]) or "nothing") + more
+    return told_files(path.name for path in folder.iterdir() if path.is_file())

@@ -1,13 +1,37 @@
 """Every test runs seeded, with uninitialized memory filled with NaN; without a GPU, Triton kernels are interpreted."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 import pytest
 import torch
+from hub_server import HubServer
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+# the Hub's client reads these when it is first imported: no test can reach another Hub, or the user's own cache
+_HUB, _HOME = HubServer(), tempfile.mkdtemp()
+_HUB.start()
+atexit.register(shutil.rmtree, _HOME, ignore_errors=True)
+os.environ |= {"HF_ENDPOINT": _HUB.url, "HF_HOME": _HOME, "HF_HUB_DISABLE_XET": "1"}
+for _name in ("HF_TOKEN", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_TOKEN_PATH", "HUGGING_FACE_HUB_TOKEN"):
+    os.environ.pop(_name, None)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """The Hub, empty, and a cache of the test's own; retries do not wait."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    _HUB.clear()
+    yield _HUB
+    assert not _HUB.unknown
 
 
 torch.backends.cudnn.allow_tf32 = False  # the formulas that a GPU is compared with are to be float32's
