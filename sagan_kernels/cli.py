@@ -69,7 +69,7 @@ def sample(
     grid: Path | None,
     device: str | None,
 ) -> None:
-    """Draw images from MODEL: a name of the zoo (see `sagan list`) or a model folder."""
+    """Draw images from MODEL: a name of the zoo (see `sagan list`), a model folder or a Hub repository."""
     start = time.perf_counter()
     with usage():
         numbers = parse_seeds(seeds)
@@ -77,9 +77,9 @@ def sample(
             raise ValueError(f"--truncation: must be positive, got {truncation}; leave it out for none")
         if grid is not None and grid.suffix.lower() != ".png":
             raise ValueError(f"--grid: must end in .png, got {str(grid)!r}")
-        hub.resolve(model)
+        folder = hub.resolve(model, "generator")
     device = _device(device)
-    generator = Generator.from_pretrained(model).to(device)
+    generator = Generator.from_pretrained(folder).to(device)
     with usage():
         labels = parse_label(label, generator)
     if out is None and grid is None:
@@ -214,7 +214,7 @@ def evaluate(
     with usage():
         if truncation is not None and not truncation > 0:
             raise ValueError(f"--truncation: must be positive, got {truncation}; leave it out for none")
-        hub.resolve(model)
+        folder = hub.resolve(model, "generator")
         name = features or (zoo.entry(model).data.get("features") if model in zoo.list_models() else None)
         if name is None:
             raise ValueError(
@@ -224,7 +224,7 @@ def evaluate(
             raise ValueError(f"--neighbors: must end in .png, got {str(neighbors)!r}")
         device = _device(device)
         net = _feature_net(name, device)
-    generator = Generator.from_pretrained(model).to(device)
+    generator = Generator.from_pretrained(folder).to(device)
     channels = generator.config["image_channels"]
     real, held_out = (
         load_images(data, resolution=generator.resolution, channels=channels, split=split, broken=broken)
@@ -280,6 +280,33 @@ def features_command(
     save_feature_net(net, out, accuracy=accuracy, test_images=len(held_out))
     click.echo(f"accuracy on {len(held_out)} held-out images: {accuracy:.4f}")
     click.echo(f"feature network: {out}")
+
+
+@cli.command(
+    epilog="\b\nsagan publish sagan_32_fashion --repo me/sagan-32-fashion --dry-run\n"
+    "sagan publish --all --repo me --private"
+)
+@click.argument("name", required=False)
+@click.option("--repo", required=True, metavar="ORG/NAME", help="Repository; with --all its namespace.")
+@click.option("--all", "every", is_flag=True, help="Every model of the zoo that has weights.")
+@click.option("--private", is_flag=True, help="Make new repositories private.")
+@click.option("--create-pr", is_flag=True, help="Open a pull request instead of committing.")
+@click.option("--dry-run", is_flag=True, help="Write what would be pushed to --out.")
+@click.option("--out", type=click.Path(path_type=Path), default="published", show_default=True, metavar="DIR")
+def publish(
+    name: str | None, repo: str, every: bool, private: bool, create_pr: bool, dry_run: bool, out: Path
+) -> None:
+    """Push the zoo's model NAME to the Hugging Face Hub: networks, card, pictures and recipe."""
+    from sagan_kernels import publishing
+
+    with usage():
+        repositories = publishing.repositories(name, repo, every=every)
+    if dry_run:
+        for entry, repo_id in repositories.items():
+            click.echo(f"{repo_id}: {publishing.write_folder(entry, repo_id, out / entry)}")
+        return
+    for entry, url in publishing.publish(repositories, private=private or None, create_pr=create_pr).items():
+        click.echo(f"{entry}: {url}")
 
 
 def parse_seeds(text: str) -> list[int]:

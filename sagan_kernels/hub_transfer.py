@@ -133,6 +133,7 @@ def push(
     private: bool | None = None,
     create_pr: bool = False,
     parent_commit: str | None = None,
+    where: str = "push_to_hub",
 ) -> str:
     """Put every file of `folder` into a repository as one commit; the repository is made when it is not there.
 
@@ -145,6 +146,7 @@ def push(
         private: of a repository that is made; None for the namespace's default.
         create_pr: open a pull request instead of committing to the branch.
         parent_commit: refuse if the branch has moved on from it.
+        where: what errors begin with.
 
     Returns:
         URL of the commit, or of the pull request.
@@ -157,7 +159,7 @@ def push(
     from huggingface_hub import CommitOperationAdd
 
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    with _one_line_errors("push_to_hub", repo_id, revision):
+    with _one_line_errors(where, repo_id, revision):
         client = _client(token)
         client.create_repo(repo_id, private=private, exist_ok=True)
         commit = client.create_commit(

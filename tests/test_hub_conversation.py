@@ -13,11 +13,13 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from click.testing import CliRunner
 from hub_routes import Account
 from hub_server import Fault
 from huggingface_hub import HfApi, ModelCard, constants, file_download
 
 import sagan_kernels
+from sagan_kernels.cli import cli
 from sagan_kernels.models import Discriminator, Generator
 
 TINY = {"resolution": 32, "num_classes": 3, "base_channels": 2, "attention_at": ()}
@@ -459,6 +461,26 @@ def test_without_a_network_the_cache_serves(pushed, generator):
     assert not pushed.requests
     pushed.faults.append(Fault("HEAD", "/resolve/", times=99, status=503))
     assert same(Generator.from_pretrained(REPO), generator)
+
+
+def test_the_command_line_draws_from_a_repository_and_fails_in_one_line(pushed):
+    done = CliRunner().invoke(cli, ["sample", REPO, "--seeds", "0-1", "--label", "axolotl", "--out", "out"])
+    assert done.exit_code == 0, done.output
+    assert len(list(Path("out").iterdir())) == 2
+    assert len(pushed.asked("HEAD", "config.json")) == 1  # counted as one download
+    for code, name, message in (
+        (
+            2,
+            "ada/none",
+            "sagan: from_pretrained: 'ada/none' must be a folder here or a repository on the Hub",
+        ),
+        (1, "ada/open", "sagan: from_pretrained: ada/open must be served, got 503 from the Hub"),
+    ):
+        pushed.faults.append(Fault("HEAD", "ada/open", status=503, times=99))
+        done = CliRunner().invoke(cli, ["sample", name])
+        assert (done.exit_code, done.stdout) == (code, "")
+        assert done.stderr.startswith(message)
+        assert done.stderr.count("\n") == 1
 
 
 OFFLINE = """
