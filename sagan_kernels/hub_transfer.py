@@ -111,14 +111,12 @@ def remote_files(
         FileNotFoundError: the repository has no such revision.
         PermissionError, ConnectionError: as `Access.fetch`.
     """
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    from huggingface_hub.errors import RepositoryNotFoundError
 
     with _one_line_errors("push_to_hub", repo_id, revision):
         try:
             info = _client(token).model_info(repo_id, revision=revision)
-        except RepositoryNotFoundError as error:
-            if isinstance(error, GatedRepoError):
-                raise
+        except RepositoryNotFoundError:
             return None, []
     return info.sha, [sibling.rfilename for sibling in info.siblings or ()]
 

@@ -347,6 +347,8 @@ def test_a_hub_that_refuses_is_told_and_the_next_try_succeeds(pushed, generator,
 def test_a_gated_repository_says_how_to_get_in(pushed):
     pushed.repositories[REPO].gated = True
     refused(PermissionError, "got a gated repository; ask for access on its page", token=False)
+    with pytest.raises(PermissionError, match="push_to_hub: ada/tiny must be"):
+        Generator(z_dim=5, **TINY).push_to_hub(REPO, token=False)
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
