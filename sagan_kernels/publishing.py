@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from sagan_kernels import sampling, zoo
+from sagan_kernels import sampling, timm_settings, zoo
 from sagan_kernels.files import write_atomically
+from sagan_kernels.hub import read_config
 from sagan_kernels.hub_transfer import LIBRARY_NAME, PIPELINE_TAG, is_repo_id, push, told_names
 from sagan_kernels.models import Discriminator, Generator
 from sagan_kernels.nn import SelfAttention2d
@@ -98,7 +99,7 @@ def write_folder(name: str, repo_id: str, folder: Path) -> Path:
     source = zoo.weights_folder(name)
     title, intro, sections = _read_card(entry)
     generator = Generator.from_pretrained(name)
-    Discriminator.from_pretrained(name)
+    critic = Discriminator.from_pretrained(name)
     samples = source / "samples.png"
     if not samples.is_file():
         raise FileNotFoundError(
@@ -106,8 +107,12 @@ def write_folder(name: str, repo_id: str, folder: Path) -> Path:
         )
     for part in (Generator.part, Discriminator.part):
         _copy(source / f"{part}.safetensors", folder)
-    for path in (source / "config.json", samples, entry.path):
+    for path in (samples, entry.path):
         _copy(path, folder)
+    # one repository serves our loader and timm's
+    settings = timm_settings.config(entry, critic.class_names, critic.linear.in_features)
+    config = json.dumps(read_config(source) | settings, indent=2, ensure_ascii=False) + "\n"
+    write_atomically(folder / "config.json", lambda temporary: temporary.write_text(config, encoding="utf-8"))
     looks = ""
     if (pictured := attention_picture(generator)) is not None:
         sheet, largest = pictured
