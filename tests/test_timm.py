@@ -161,17 +161,26 @@ def test_features_only_gives_the_maps_after_each_block(images):
         assert torch.equal(last, whole.forward_features(images))
         assert [torch.equal(a, b) for a, b in zip(some, (maps[1], maps[3]), strict=True)] == [True, True]
     two = timm.create_model("sagan_32_discriminator", features_only=True, out_indices=(0, 1))
-    assert len(two(images)) == 2
+    assert [tuple(found.shape[2:]) for found in two(images)] == [(16, 16), (8, 8)]
+    assert len(two.model.blocks) == 2
+    assert isinstance(two.model.get_classifier(), torch.nn.Identity)
+    runs = []
+    whole.blocks[2].register_forward_hook(lambda *_: runs.append(1))
+    (first,) = whole.forward_intermediates(images, indices=[0], stop_early=True, intermediates_only=True)
+    torch.testing.assert_close(first, maps[0])
+    assert not runs
     with pytest.raises(ValueError, match="output_fmt must be NCHW, got 'NLC'"):
         whole.forward_intermediates(images, output_fmt="NLC")
 
 
-def test_checkpointing_changes_no_gradient(images):
+def test_checkpointing_runs_blocks_twice_and_changes_no_gradient(images):
     model = timm.create_model("sagan_32_discriminator", num_classes=2, **TINY)
-    grads = []
+    runs, grads = [], []
+    model.blocks[1].register_forward_pre_hook(lambda *_: runs.append(1))
     for enable in (False, True):
         model.set_grad_checkpointing(enable)
         grads.append(torch.autograd.grad(model(images).square().sum(), list(model.blocks.parameters())))
+    assert len(runs) == 1 + 2
     for first, second in zip(*grads, strict=True):
         torch.testing.assert_close(first, second)
 
@@ -221,9 +230,9 @@ def test_one_published_repository_serves_both_loaders(token, hub, images):
 @pytest.mark.parametrize("part", ["discriminator", "generator"])
 def test_timm_pushes_and_loads_what_it_made(token, hub, part):
     model = timm.create_model(f"sagan_32_{part}", num_classes=4)
-    timm.models.push_to_hf_hub(model, "ada/own", safe_serialization=True, model_card={"license": "mit"})
+    timm.models._hub.push_to_hf_hub(model, "ada/own", safe_serialization=True, model_card={"license": "mit"})
     assert same(timm.create_model("hf-hub:ada/own", pretrained=True), model)
-    timm.models.save_for_hf(model, "saved", safe_serialization=True)
+    timm.models._hub.save_for_hf(model, "saved", safe_serialization=True)
     assert same(timm.create_model("local-dir:saved", pretrained=True), model)
     assert "model.safetensors" in hub.repositories["ada/own"].find("main").files
 
