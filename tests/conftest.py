@@ -7,6 +7,7 @@ import tempfile
 
 import pytest
 import torch
+from hub_routes import Account
 from hub_server import HubServer
 
 if not torch.cuda.is_available():
@@ -35,6 +36,40 @@ def hub(tmp_path, monkeypatch):
 
 
 torch.backends.cudnn.allow_tf32 = False  # the formulas that a GPU is compared with are to be float32's
+
+
+@pytest.fixture
+def ada(hub, monkeypatch, tmp_path):
+    """The Hub with a user who may write to her own namespace, her token, and an empty folder to work in."""
+    monkeypatch.chdir(tmp_path)
+    hub.tokens["secret"] = Account("ada", {"ada": "write", "lab": "read"})
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    return hub
+
+
+@pytest.fixture
+def generator():
+    """A tiny generator of three classes."""
+    from hub_client import TINY
+
+    from sagan_kernels.models import Generator
+
+    return Generator(z_dim=5, **TINY).eval()
+
+
+@pytest.fixture
+def pushed(ada, generator, tmp_path):
+    """The Hub with a repository of ada's that holds both networks, and an empty cache."""
+    from hub_client import REPO, TINY
+
+    from sagan_kernels.models import Discriminator
+
+    generator.class_names = ["cat", "dog", "axolotl"]
+    generator.push_to_hub(REPO)
+    Discriminator(**TINY).push_to_hub(REPO)
+    ada.requests.clear()
+    shutil.rmtree(tmp_path / "cache")
+    return ada
 
 
 @pytest.fixture

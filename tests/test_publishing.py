@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from hub_routes import Account
 from hub_server import Fault
 from huggingface_hub import ModelCard
 from PIL import Image
@@ -94,13 +93,6 @@ def tiny(tmp_path, monkeypatch):
     return add_entry(tmp_path / "zoo", "sagan_32_tiny")
 
 
-@pytest.fixture
-def ada(hub, monkeypatch):
-    hub.tokens["secret"] = Account("ada", {"ada": "write", "lab": "read"})
-    monkeypatch.setenv("HF_TOKEN", "secret")
-    return hub
-
-
 def sagan(*args, code=0):
     result = CliRunner().invoke(cli, ["publish", *args])
     assert result.exit_code == code, result.output
@@ -147,7 +139,7 @@ def test_card_says_what_the_entry_says(tiny):
         assert (Path("out/sagan_32_tiny") / link).is_file(), link
 
 
-def test_published_entry_is_loaded_by_its_own_usage(tiny, ada):
+def test_published_entry_is_loaded_by_its_own_usage(ada, tiny):
     told = sagan("sagan_32_tiny", "--repo", "ada/tiny")
     assert (
         told == f"sagan_32_tiny: {ada.url}/ada/tiny/commit/{ada.repositories['ada/tiny'].branches['main']}\n"
@@ -165,7 +157,7 @@ def test_published_entry_is_loaded_by_its_own_usage(tiny, ada):
             assert torch.equal(value, again.state_dict()[key])
 
 
-def test_publishing_again_commits_only_what_changed(tiny, ada):
+def test_publishing_again_commits_only_what_changed(ada, tiny):
     sagan("sagan_32_tiny", "--repo", "ada/tiny", "--private")
     assert ada.repositories["ada/tiny"].private
     before = dict(ada.repositories["ada/tiny"].branches)
@@ -177,7 +169,7 @@ def test_publishing_again_commits_only_what_changed(tiny, ada):
     assert b"For all." in ada.content("ada/tiny", "README.md", "refs/pr/1")
 
 
-def test_all_is_one_command_and_nothing_is_pushed_before_all_are_complete(tiny, ada):
+def test_all_is_one_command_and_nothing_is_pushed_before_all_are_complete(ada, tiny):
     other = add_entry(tiny.parent, "sagan_32_zebra")
     (other / "README.md").unlink()
     refused(1, "sagan_32_zebra/README.md must be there", "--all", "--repo", "ada")
@@ -233,7 +225,7 @@ def test_usage_errors_are_one_line_and_code_2(tiny, hub, args, message):
     ],
     ids=str,
 )
-def test_an_incomplete_entry_is_not_published(tiny, ada, path, old, new, message):
+def test_an_incomplete_entry_is_not_published(ada, tiny, path, old, new, message):
     file = tiny / path
     if old is None:
         file.unlink()
@@ -246,7 +238,7 @@ def test_an_incomplete_entry_is_not_published(tiny, ada, path, old, new, message
     assert not Path("published").exists()
 
 
-def test_a_hub_that_refuses_is_told_in_one_line(tiny, ada):
+def test_a_hub_that_refuses_is_told_in_one_line(ada, tiny):
     refused(1, "publish: lab/tiny must be open to your token", "sagan_32_tiny", "--repo", "lab/tiny")
     ada.faults.append(Fault("PUT", "/lfs/", status=500, times=99))
     refused(1, "publish: ada/tiny must be served, got 500", "sagan_32_tiny", "--repo", "ada/tiny")
@@ -254,7 +246,7 @@ def test_a_hub_that_refuses_is_told_in_one_line(tiny, ada):
     sagan("sagan_32_tiny", "--repo", "ada/tiny")  # the same command again finishes the work
 
 
-def test_an_entry_without_attention_or_classes_has_a_card_too(tiny, ada):
+def test_an_entry_without_attention_or_classes_has_a_card_too(ada, tiny):
     for part in ("generator", "discriminator"):
         (tiny / f"{part}.safetensors").unlink()
     (tiny / "config.json").unlink()

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub_routes import Account
 
 
 def _torchvision():
@@ -42,13 +41,6 @@ TINY = {"base_channels": 8, "widths": [1, 2, 2, 2]}
 @pytest.fixture
 def images():
     return torch.rand(3, 3, 32, 32) * 2 - 1
-
-
-@pytest.fixture
-def token(hub, monkeypatch, tmp_path):
-    hub.tokens["secret"] = Account("ada", {"ada": "write"})
-    monkeypatch.setenv("HF_TOKEN", "secret")
-    monkeypatch.chdir(tmp_path)
 
 
 def logits(critic, x):
@@ -204,16 +196,16 @@ def test_generators_refuse_what_needs_an_image():
         model.forward_features(torch.zeros(1, 3, 32, 32))
 
 
-def test_one_published_repository_serves_both_loaders(token, hub, images):
+def test_one_published_repository_serves_both_loaders(ada, images):
     publishing.publish({"sagan_32_avatars": "ada/avatars"})
-    config = json.loads(hub.content("ada/avatars", "config.json"))
+    config = json.loads(ada.content("ada/avatars", "config.json"))
     assert (config["architecture"], config["num_classes"], config["num_features"]) == (
         "sagan_32_discriminator", 16, 128,
     )  # fmt: skip
     bundled = timm.create_model("sagan_32_discriminator.avatars", pretrained=True).eval()
     for name in (
         "hf-hub:ada/avatars",
-        f"hf-hub:ada/avatars@{hub.repositories['ada/avatars'].branches['main']}",
+        f"hf-hub:ada/avatars@{ada.repositories['ada/avatars'].branches['main']}",
     ):
         model = timm.create_model(name, pretrained=True).eval()
         assert same(model, bundled)
@@ -228,13 +220,13 @@ def test_one_published_repository_serves_both_loaders(token, hub, images):
 
 
 @pytest.mark.parametrize("part", ["discriminator", "generator"])
-def test_timm_pushes_and_loads_what_it_made(token, hub, part):
+def test_timm_pushes_and_loads_what_it_made(ada, part):
     model = timm.create_model(f"sagan_32_{part}", num_classes=4)
     timm.models._hub.push_to_hf_hub(model, "ada/own", safe_serialization=True, model_card={"license": "mit"})
     assert same(timm.create_model("hf-hub:ada/own", pretrained=True), model)
     timm.models._hub.save_for_hf(model, "saved", safe_serialization=True)
     assert same(timm.create_model("local-dir:saved", pretrained=True), model)
-    assert "model.safetensors" in hub.repositories["ada/own"].find("main").files
+    assert "model.safetensors" in ada.repositories["ada/own"].find("main").files
 
 
 def test_untrained_networks_say_that_they_have_no_weights():
