@@ -90,7 +90,7 @@ class Generator(Pretrained):
         if norm_spectral_norm and not num_classes:
             raise ValueError("Generator: norm_spectral_norm must be false without classes, got True")
         factors, channels = _widths("Generator", GENERATOR_WIDTHS, resolution, base_channels, widths)
-        sides = [8 << i for i in range(len(channels) - 1)]  # side after each block
+        sides = [8 << i for i in range(len(channels) - 1)]
         self.config = {
             "resolution": resolution,
             "num_classes": num_classes,
@@ -107,6 +107,7 @@ class Generator(Pretrained):
             "attention_bias": attention_bias,
         }
         self.resolution, self.num_classes, self.z_dim = resolution, num_classes, z_dim
+        self.sides = sides  # after each block
 
         self.linear = nn.Linear(z_dim, 16 * channels[0])
         self.blocks = nn.ModuleList(
@@ -200,6 +201,7 @@ class Discriminator(Pretrained):
             "narrow_blocks": narrow_blocks,
         }
         self.resolution, self.num_classes = resolution, num_classes
+        self.sides = sides  # after each block
 
         ways = list(zip((image_channels, *channels), channels, strict=False))
         self.blocks = nn.ModuleList(
