@@ -1,12 +1,18 @@
 """Converted networks give the hosts' numbers, and come back as the hosts' bits."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
-
 from hosts import biggan_pytorch, mimicry, mmgeneration, official, studiogan, voletiv
 from hosts.formulas import lived_in
-from sagan_kernels import Discriminator, Generator, convert_checkpoint
+from safetensors.torch import load_file
+
+from sagan_kernels import Generator, convert_checkpoint
+from sagan_kernels.conversion import layout
+from sagan_kernels.models.inference import inference_generator
+from sagan_kernels.nn import ConditionalBatchNorm2d
 
 # host, stand-in, its settings, and what a checkpoint cannot tell
 GENERATORS = [
@@ -34,6 +40,7 @@ DISCRIMINATORS = [
     ("voletiv", voletiv, {}, {}),
 ]
 MATCH = {"rtol": 1e-10, "atol": 1e-10}
+GOLDEN = Path(__file__).parent / "golden"
 
 
 def latents(classes=3):
@@ -98,3 +105,166 @@ def test_our_network_alone_goes_back_to_the_same_outputs(make, name, host, setti
     assert not unexpected
     assert all(key.startswith("block5.snconv2d0.") for key in missing)
     torch.testing.assert_close(fresh(*inputs), expected, **MATCH)
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("biggan_pytorch_64", "G"),
+        ("biggan_pytorch_64", "D"),
+        ("studiogan_32_generator", "G"),
+        ("studiogan_32_discriminator", "D"),
+        ("mimicry_32_generator", "G"),
+        ("mimicry_32_discriminator", "D"),
+    ],
+)
+def test_real_hosts_outputs_are_reproduced(name, part):
+    tensors = load_file(GOLDEN / f"{name}.safetensors")
+    weights = {key[2:]: tensor for key, tensor in tensors.items() if key.startswith(f"{part}.")}
+    model = convert_checkpoint(weights).model()
+    if part == "G":
+        image = model(tensors["io.z"], tensors["io.label"])
+        torch.testing.assert_close(image, tensors["io.image"], rtol=1e-4, atol=2e-5)
+        return
+    real = tensors["io.real"].requires_grad_()
+    logits = model(real, tensors["io.label"])
+    (grad,) = torch.autograd.grad(logits.sum(), real)
+    torch.testing.assert_close(logits, tensors["io.logits"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grad, tensors["io.real_grad"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def tensorflow():
+    return official.variables(np.random.default_rng(0))
+
+
+def test_the_official_variables_give_both_networks(tensorflow):
+    (z, label), (x, _) = latents(), images(128)
+    conversion = convert_checkpoint(tensorflow)
+    assert conversion.source == "official"
+    made = conversion.model("generator")(z, label)
+    torch.testing.assert_close(made, official.generator(tensorflow, z, label), **MATCH)
+    logits = conversion.model("discriminator")(x, label[:2])
+    torch.testing.assert_close(logits, official.discriminator(tensorflow, x, label[:2]), **MATCH)
+
+
+def test_the_official_variables_come_back_with_the_same_bits(tensorflow, tmp_path):
+    conversion = convert_checkpoint({f"{name}:0": array for name, array in tensorflow.items()})
+    (path,) = convert_checkpoint(conversion, target="official").save(tmp_path)
+    assert_same_bits(load_file(path), {name: torch.from_numpy(array) for name, array in tensorflow.items()})
+
+
+def test_our_network_alone_goes_back_to_the_official_outputs(tensorflow):
+    z, label = latents()
+    ours = convert_checkpoint(tensorflow).model("generator")
+    back = convert_checkpoint(ours, target="official").state_dicts["generator"]
+    variables = {f"model/g_{name}": tensor.numpy() for name, tensor in back.items()}
+    assert variables.keys() == {name for name in tensorflow if name.startswith("model/g_")}
+    again = official.generator(variables, z, label)
+    torch.testing.assert_close(again, official.generator(tensorflow, z, label), **MATCH)
+
+
+def test_u_and_v_follow_the_order_of_one_iteration():
+    """BigGAN's u0 becomes v = n(Wᵀu0), u = n(W v): unit vectors whose uᵀWv is the σ that BigGAN divides by."""
+    network, _ = generator(biggan_pytorch, {})
+    state = convert_checkpoint(network.state_dict()).state_dicts["generator"]
+    layer = network.blocks[0][0].conv1
+    W, u0 = layer.weight.detach().flatten(1), layer.u0[0]
+    u, v = (state[f"blocks.0.conv1.parametrizations.weight.0.{name}"] for name in ("_u", "_v"))
+    torch.testing.assert_close(v, W.T @ u0 / (W.T @ u0).norm())
+    torch.testing.assert_close(u, W @ v / (W @ v).norm())
+    sigma = (layer.weight / layer.W_()).mean()
+    torch.testing.assert_close(u @ W @ v, sigma.detach())
+
+
+def test_a_vector_of_u_is_found_again_for_wide_and_for_tall_weights():
+    for shape in [(5, 12), (12, 5)]:
+        weight, u0 = torch.randn(shape, dtype=torch.float64), torch.randn(shape[0], dtype=torch.float64)
+        _, v = layout.iterate(weight, u0)
+        torch.testing.assert_close(layout.iterate(weight, layout.before(weight, v))[1], v, **MATCH)
+
+
+@pytest.mark.parametrize("make", [generator, discriminator])
+@pytest.mark.parametrize("host", [studiogan, mimicry, voletiv])
+def test_converted_network_trains_as_the_host_does(make, host):
+    """Batch statistics, running averages, gradients; u and v at rest, since the two iterate in another order."""
+    network, inputs = make(host, {})
+    for module in network.modules():
+        if hasattr(module, "weight_u"):
+            left, _, right = torch.linalg.svd(module.weight_orig.detach().flatten(1), full_matrices=False)
+            module.weight_u.copy_(left[:, 0]), module.weight_v.copy_(right[0])
+    ours = convert_checkpoint(network.state_dict()).model().train()
+    momentum = {"voletiv": 0.001}.get(host.__name__.split(".")[-1], 0.1)
+    for module in ours.modules():
+        if isinstance(module, ConditionalBatchNorm2d):
+            module.momentum = momentum
+    x = inputs[0].requires_grad_()
+    theirs_out, ours_out = network.train()(*inputs), ours(*inputs)
+    torch.testing.assert_close(ours_out, theirs_out, **MATCH)
+    grads = [torch.autograd.grad(out.square().sum(), x)[0] for out in (ours_out, theirs_out)]
+    torch.testing.assert_close(*grads, rtol=1e-8, atol=1e-8)
+    if make is generator:
+        norm = next(m for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d))
+        torch.testing.assert_close(ours.blocks[0].norm1.running_var, norm.running_var, **MATCH)
+
+
+def test_a_file_of_several_networks_gives_each(tmp_path):
+    (g, _), (ema, inputs), (d, _) = (
+        generator(mmgeneration, {}), generator(mmgeneration, {}), discriminator(mmgeneration, {}),
+    )  # fmt: skip
+    tensors = {
+        f"{prefix}.{key}": tensor
+        for prefix, network in {"generator": g, "generator_ema.module": ema, "discriminator": d}.items()
+        for key, tensor in network.state_dict().items()
+    }
+    path = tmp_path / "sagan.pth"
+    torch.save(
+        {"meta": {"epoch": 3, "name": "x"}, "state_dict": tensors | {"generator_ema.steps": torch.ones(1)}},
+        path,
+    )
+    conversion = convert_checkpoint(path, source="mmagic")
+    assert sorted(conversion.state_dicts) == ["discriminator", "generator", "generator_ema"]
+    torch.testing.assert_close(conversion.model()(*inputs), ema(*inputs), **MATCH)
+    torch.testing.assert_close(conversion.model("generator")(*inputs), g(*inputs), **MATCH)
+
+
+def test_networks_are_found_in_wrapped_and_parallel_checkpoints():
+    g, inputs = generator(biggan_pytorch, {})
+    d, _ = discriminator(biggan_pytorch, {})
+    wrapped = {"G_ema": {f"module.{k}": v for k, v in g.state_dict().items()}, "D": d.state_dict(), "step": 5}
+    conversion = convert_checkpoint({"model_state_dict": wrapped})
+    assert sorted(conversion.state_dicts) == ["discriminator", "generator_ema"]
+    torch.testing.assert_close(conversion.model()(*inputs), g(*inputs), **MATCH)
+
+
+def test_saved_conversion_is_a_model_folder_that_samples(tmp_path):
+    g, (z, label) = generator(studiogan, {})
+    d, _ = discriminator(studiogan, {})
+    for network in (g, d):
+        network.float()
+        files = convert_checkpoint(network.state_dict()).save(tmp_path)
+        assert all(file.is_file() for file in files)
+    loaded = Generator.from_pretrained(tmp_path)
+    assert loaded.config["norm_eps"] == 1e-4
+    expected = g(z.float(), label)
+    torch.testing.assert_close(loaded(z.float(), label), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(inference_generator(loaded)(z.float(), label), expected, rtol=1e-4, atol=1e-5)
+    back = convert_checkpoint(tmp_path, target="studiogan")
+    assert_same_bits(back.state_dicts["discriminator"], d.state_dict())
+
+
+def test_between_two_hosts_there_is_ours():
+    network, inputs = generator(studiogan, {})
+    old = convert_checkpoint(convert_checkpoint(network.state_dict()), target="studiogan_2020")
+    fresh = studiogan.Generator(old=True).double().eval()
+    fresh.load_state_dict(old.state_dicts["generator"])
+    torch.testing.assert_close(fresh(*inputs), network(*inputs), **MATCH)
+
+
+def test_networks_without_spectral_norm_convert():
+    network = Generator(32, 3, z_dim=6, base_channels=4, attention_at=[], spectral_norm=False).double().eval()
+    theirs = convert_checkpoint(network, target="biggan_pytorch").state_dicts["generator"]
+    assert not any(key.endswith("u0") for key in theirs)
+    again = convert_checkpoint(theirs).model()
+    assert again.config == network.config
+    assert_same_bits(dict(again.state_dict()), dict(network.state_dict()))

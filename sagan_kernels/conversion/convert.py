@@ -173,10 +173,7 @@ def _ours(checkpoint: Any, source: str | None, settings: Mapping[str, Any]) -> C
             {model.part: model.config for model in models},
             {model.part: {} for model in models},
         )
-    if isinstance(checkpoint, str | Path):
-        found = read_file(Path(checkpoint))
-    else:
-        found = tensors_in(checkpoint)
+    found = read_file(Path(checkpoint)) if isinstance(checkpoint, str | Path) else tensors_in(checkpoint)
     name, networks = _recognize(found, source)
     converted = {
         network: from_host(tensors, name, DIALECTS[name], _part(network), _for(network, settings))
@@ -228,7 +225,9 @@ def _networks(found: Mapping[str, Mapping[str, Tensor]], dialect: Dialect) -> di
     """The networks that are of this dialect; nothing unless all are."""
     networks: dict[str, dict[str, Tensor]] = {}
     for label, tensors in found.items():
-        kept = {k: t for k, t in tensors.items() if not (dialect.ignored and re.fullmatch(dialect.ignored, k))}
+        kept = {
+            k: t for k, t in tensors.items() if not (dialect.ignored and re.fullmatch(dialect.ignored, k))
+        }
         groups = {
             network: {key.removeprefix(prefix): t for key, t in kept.items() if key.startswith(prefix)}
             for network, prefix in dialect.prefixes.items()

@@ -54,7 +54,9 @@ class Part:
     first_block: str | None = None  # the first block's name where it has no number
     attention_counts: bool = False  # attention takes a number of its own in the count of blocks
     attention_at: Mapping[int, tuple[int, ...]] | None = None  # resolution: sides, where no name tells
-    settings: Mapping[str, Any] = field(default_factory=dict)  # arguments of our network that its code implies
+    settings: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # arguments of our network that its code implies
     unused: str | None = None  # a regular expression: tensors that its forward does not read
     differs: str | None = None  # why our networks cannot hold it
 
@@ -265,14 +267,14 @@ HEYKEETAE = replace(
     generator=replace(
         VOLETIV.generator,
         mark="l1.1.running_mean",
-        differs="attn1 attends without pooling, with biases and values as wide as the map, and last.0 is a transposed "
+        differs="attn1 attends without pooling, with values as wide as the map, and last.0 is a transposed "
         "convolution; ours pools, takes half the width, and ends in a 3×3 convolution",
     ),
     discriminator=replace(
         VOLETIV.discriminator,
         mark="l1.0.module.",
-        differs="l1.0 is a strided 4×4 convolution followed by a leaky ReLU of slope 0.1 (ours: 0.2), and attn1 attends "
-        "without pooling",
+        differs="l1.0 is a strided 4×4 convolution followed by a leaky ReLU of slope 0.1 (ours: 0.2), and attn1 "
+        "attends without pooling",
     ),
 )
 

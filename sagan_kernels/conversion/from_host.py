@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sagan_kernels.conversion.dialects import Dialect, NormNames
 from sagan_kernels.conversion.layout import iterate, to_channels_first
-from sagan_kernels.conversion.names import Blocks, Pair, blocks, layer_names, outline, pairs, part_of
+from sagan_kernels.conversion.names import Blocks, Pair, blocks, layer_names, outline, pairs, part_of, places
 from sagan_kernels.models import Discriminator, Generator
 from sagan_kernels.models.sagan import DISCRIMINATOR_WIDTHS, GENERATOR_WIDTHS
 
@@ -82,23 +82,17 @@ class _Reader:
 
     def check(self, network: Generator | Discriminator) -> None:
         """Every tensor there has a place here, and every place its tensor."""
-        expected = network.state_dict()
-        for key, tensor in expected.items():
+        expected = places(network)
+        for key, shape in expected.items():
             if key not in self.ours and key.endswith("num_batches_tracked"):
                 self.ours[key] = torch.zeros((), dtype=torch.int64)
-            path = re.sub(r"\.parametrizations\.(\w+)\.original", r".\1", key)
-            if key not in self.ours and path in self.ours:
-                raise ValueError(
-                    f"{self.where}: must be spectral-normed in all layers or in none, got {self.theirs[path]} without it"
-                )
             if key not in self.ours:
                 raise ValueError(
-                    f"{self.where}: must have what makes our {key} {tuple(tensor.shape)}, got nothing; "
-                    f"{self._sizes(network)}"
+                    f"{self.where}: must have what makes our {key} {shape}, got {self._instead(key)}"
                 )
-            if self.ours[key].shape != tensor.shape:
+            if self.ours[key].shape != shape:
                 raise ValueError(
-                    f"{self.where}: {self.theirs[key]} must make our {key} {tuple(tensor.shape)}, got "
+                    f"{self.where}: {self.theirs[key]} must make our {key} {shape}, got "
                     f"{tuple(self.tensors[self.theirs[key]].shape)}; {self._sizes(network)}"
                 )
         for key, tensor in self.tensors.items():
@@ -118,7 +112,8 @@ class _Reader:
         gain, normed = self._gain(self._join(found.blocks[0], self.part.inside["norm1"]))
         if seed.shape[0] != 16 * first:
             raise ValueError(
-                f"{self.where}: must start from a 4×4 map of {first} channels, {16 * first} numbers, got {seed.shape[0]}"
+                f"{self.where}: must start from a 4×4 map of {first} channels, {16 * first} numbers, got "
+                f"{seed.shape[0]}"
             )
         return self._scale([first, *widths], GENERATOR_WIDTHS) | {
             "num_classes": gain.shape[0],
@@ -132,11 +127,15 @@ class _Reader:
         widths = [self._weight(path, "conv2").shape[0] for path in found.blocks]
         hidden = [self._weight(path, "conv1").shape[0] for path in found.blocks]
         narrow = {"narrow_blocks": True} if hidden != widths else {}
-        return self._scale(widths, DISCRIMINATOR_WIDTHS) | narrow | {
-            "num_classes": self._outside("embedding", found).shape[0],
-            "image_channels": self._weight(found.blocks[0], "conv1").shape[1],
-            "spectral_norm": self._normed(self._outside_path("linear", found), "linear"),
-        }
+        return (
+            self._scale(widths, DISCRIMINATOR_WIDTHS)
+            | narrow
+            | {
+                "num_classes": self._outside("embedding", found).shape[0],
+                "image_channels": self._weight(found.blocks[0], "conv1").shape[1],
+                "spectral_norm": self._normed(self._outside_path("linear", found), "linear"),
+            }
+        )
 
     def _scale(self, channels: list[int], table: Mapping[int, tuple[int, ...]]) -> dict[str, Any]:
         """Resolution, base_channels and widths of a network with these channels."""
@@ -154,7 +153,8 @@ class _Reader:
         lengths = [len(published) - (self.name == "generator") for published in table.values()]
         count = len(channels) - (self.name == "generator")
         raise ValueError(
-            f"{self.where}: must have {', '.join(map(str, lengths))} blocks for {', '.join(map(str, table))} px, got {count}"
+            f"{self.where}: must have {', '.join(map(str, lengths))} blocks for {', '.join(map(str, table))} px, "
+            f"got {count}"
         )
 
     def _attention(self, found: Blocks, network: Generator | Discriminator) -> dict[str, Any]:
@@ -177,8 +177,8 @@ class _Reader:
         for i in after:
             if sides.index(sides[i]) != i:
                 raise ValueError(
-                    f"{self.where}: {after[i]} must follow the first block that makes its side, {sides[i]} px, got block "
-                    f"{i + 1}; ours attends once a side"
+                    f"{self.where}: {after[i]} must follow the first block that makes its side, {sides[i]} px, got "
+                    f"block {i + 1}; ours attends once a side"
                 )
         config: dict[str, Any] = {"attention_at": [sides[i] for i in after]}
         if after:
@@ -227,7 +227,11 @@ class _Reader:
             for parameter, theirs in {"gain": names.gain, "bias": names.bias}.items():
                 if theirs is not None:
                     self._layer(
-                        pair.ours, parameter, self._join(pair.theirs, theirs), "embedding", transposed=names.transposed
+                        pair.ours,
+                        parameter,
+                        self._join(pair.theirs, theirs),
+                        "embedding",
+                        transposed=names.transposed,
                     )
         else:
             for parameter, theirs in {"gain": names.gain, "bias": str(names.bias)}.items():
@@ -302,6 +306,14 @@ class _Reader:
 
     def _put(self, ours: str, theirs: str, tensor: Tensor) -> None:
         self.ours[ours], self.theirs[ours] = tensor, theirs
+
+    def _instead(self, key: str) -> str:
+        """What is there in the place of a missing tensor of ours."""
+        plain = re.sub(r"\.parametrizations\.(\w+)\.\w+.*", r".\1", key)
+        theirs = self.theirs.get(
+            plain, self.theirs.get(re.sub(r"\.(\w+)$", r".parametrizations.\1.original", key))
+        )
+        return f"{theirs}; ours divides all weights by their spectral norm, or none" if theirs else "nothing"
 
     def _sizes(self, network: Generator | Discriminator) -> str:
         config = network.config

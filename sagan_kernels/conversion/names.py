@@ -1,7 +1,7 @@
 """Which tensor of ours is which of theirs: the names of one network, layer by layer, from a dialect's tables."""
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -79,10 +79,29 @@ def pairs(dialect: Dialect, network: Generator | Discriminator) -> Iterator[Pair
             yield Pair(f"{layer}.{ours}", path + dialect.joint + theirs, "conv")
 
 
-def outline(part: str, config: Mapping[str, object]) -> Generator | Discriminator:
-    """The network of `config` without memory for its tensors: names and shapes."""
+def outline(part: str, config: Mapping[str, Any]) -> Generator | Discriminator:
+    """The network of `config` without memory for its tensors and without spectral normalization, but its config."""
+    normed = {key: False for key in ("spectral_norm", "norm_spectral_norm") if key in config}
     with torch.device("meta"):
-        return NETWORKS[part](**config)  # type: ignore[arg-type]
+        network = NETWORKS[part](**config | normed)
+    network.config |= {key: config[key] for key in normed}
+    return network
+
+
+def places(network: Generator | Discriminator) -> dict[str, tuple[int, ...]]:
+    """Keys and shapes of the state dict of the network that `network` is the outline of."""
+    found: dict[str, tuple[int, ...]] = {}
+    for key, tensor in network.state_dict().items():
+        path, _, name = key.rpartition(".")
+        setting = "spectral_norm" if name == "weight" else "norm_spectral_norm"
+        if tensor.ndim > 1 and network.config[setting]:
+            rows = tensor.shape[0]
+            found[f"{path}.parametrizations.{name}.original"] = tuple(tensor.shape)
+            found[f"{path}.parametrizations.{name}.0._u"] = (rows,)
+            found[f"{path}.parametrizations.{name}.0._v"] = (tensor.numel() // rows,)
+        else:
+            found[key] = tuple(tensor.shape)
+    return found
 
 
 def _kind(part: str, ours: str) -> str:

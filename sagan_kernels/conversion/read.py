@@ -30,7 +30,9 @@ def read_file(path: Path) -> dict[str, dict[str, Tensor]]:
     """
     if path.is_dir():
         found = sorted(file.name for file in path.iterdir() if file.suffix in FORMATS)
-        raise ValueError(f"{path}: must be a file, got a folder of {', '.join(found) or 'none'}; give one of its files")
+        raise ValueError(
+            f"{path}: must be a file, got a folder of {', '.join(found) or 'none'}; give one of its files"
+        )
     if not path.is_file():
         raise FileNotFoundError(f"{path}: must be there, got no such file")
     if path.suffix not in FORMATS:
@@ -66,7 +68,8 @@ def tensors_in(content: Any, where: str = "convert_checkpoint") -> dict[str, dic
     networks = {str(name): _plain(part, where) for name, part in content.items() if _all_tensors(part)}
     if not networks:
         raise ValueError(
-            f"{where}: must hold the tensors of a network by name, got {', '.join(map(str, list(content)[:5])) or 'nothing'}"
+            f"{where}: must hold the tensors of a network by name, got "
+            f"{', '.join(map(str, list(content)[:5])) or 'nothing'}"
         )
     return networks
 

@@ -147,7 +147,10 @@ def _statistics(
     pair: Pair, ours: Mapping[str, Tensor], dialect: Dialect, names: NormNames
 ) -> list[tuple[str, Tensor]]:
     out = [
-        (_join(dialect, pair.theirs, names.mean), ours[f"{pair.ours}.running_mean"].reshape(names.stat_shape)),
+        (
+            _join(dialect, pair.theirs, names.mean),
+            ours[f"{pair.ours}.running_mean"].reshape(names.stat_shape),
+        ),
         (_join(dialect, pair.theirs, names.var), ours[f"{pair.ours}.running_var"].reshape(names.stat_shape)),
     ]
     if names.count is not None:

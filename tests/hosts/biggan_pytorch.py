@@ -88,7 +88,9 @@ class bn(nn.Module):
         self.register_buffer("stored_var", torch.ones(channels))
 
     def forward(self, x):
-        return F.batch_norm(x, self.stored_mean, self.stored_var, self.gain, self.bias, self.training, 0.1, 1e-5)
+        return F.batch_norm(
+            x, self.stored_mean, self.stored_var, self.gain, self.bias, self.training, 0.1, 1e-5
+        )
 
 
 class GBlock(nn.Module):

@@ -7,7 +7,7 @@ from torch import nn
 
 def pooled_attention(x, query, key, value, out, gain):
     """The released code's attention as other projects write it: every product explicit."""
-    B, C, H, W = x.shape
+    B, _, H, W = x.shape
     q = query(x).view(B, -1, H * W)
     k = F.max_pool2d(key(x), 2).view(B, -1, H * W // 4)
     v = F.max_pool2d(value(x), 2).view(B, -1, H * W // 4)

@@ -7,7 +7,10 @@ from torch import nn
 from hosts.formulas import enlarged, joined_class_norm, pooled_attention
 from hosts.studiogan import sn
 
-GENERATOR = {32: ([1, 1, 1, 1], 1), 128: ([16, 16, 8, 4, 2, 1], 2)}  # widths, index of the block before attention
+GENERATOR = {
+    32: ([1, 1, 1, 1], 1),
+    128: ([16, 16, 8, 4, 2, 1], 2),
+}  # widths, index of the block before attention
 DISCRIMINATOR = {32: ([1, 1, 1, 1], 1), 128: ([1, 2, 4, 8, 16, 16], 1)}
 
 
@@ -19,7 +22,10 @@ class SelfAttention(nn.Module):
     def __init__(self, num_feat):
         super().__init__()
         self.theta, self.phi = (conv(num_feat, num_feat // 8, 1, bias=False) for _ in range(2))
-        self.g, self.o = conv(num_feat, num_feat // 2, 1, bias=False), conv(num_feat // 2, num_feat, 1, bias=False)
+        self.g, self.o = (
+            conv(num_feat, num_feat // 2, 1, bias=False),
+            conv(num_feat // 2, num_feat, 1, bias=False),
+        )
         self.gamma = nn.Parameter(torch.tensor(0.0))
 
     def forward(self, x):

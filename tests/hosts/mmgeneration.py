@@ -46,7 +46,10 @@ class SNConditionNorm(nn.Module):
 class SNGANGenResBlock(nn.Module):
     def __init__(self, width_in, width, *norm):
         super().__init__()
-        self.conv_1, self.conv_2 = ConvModule(width_in, width, 3, padding=1), ConvModule(width, width, 3, padding=1)
+        self.conv_1, self.conv_2 = (
+            ConvModule(width_in, width, 3, padding=1),
+            ConvModule(width, width, 3, padding=1),
+        )
         self.norm_1, self.norm_2 = SNConditionNorm(width_in, *norm), SNConditionNorm(width, *norm)
         self.shortcut = ConvModule(width_in, width, 1)
 
@@ -74,7 +77,10 @@ class SNGANDiscResBlock(nn.Module):
     def __init__(self, width_in, width, first, downsample, inplace):
         super().__init__()
         self.first, self.downsample, self.activate = first, downsample, nn.ReLU(inplace=inplace)
-        self.conv_1, self.conv_2 = ConvModule(width_in, width, 3, padding=1), ConvModule(width, width, 3, padding=1)
+        self.conv_1, self.conv_2 = (
+            ConvModule(width_in, width, 3, padding=1),
+            ConvModule(width, width, 3, padding=1),
+        )
         if downsample:
             self.shortcut = ConvModule(width_in, width, 1)
 

@@ -21,7 +21,12 @@ def variables(rng, gf=4, df=4, classes=3, z=6):
             v[f"model/{name}/{bias}"] = rng.standard_normal(shape[-1]) * 0.1
 
     def attention(name, C):
-        for part, shape in {"theta": (C, C // 8), "phi": (C, C // 8), "g": (C, C // 2), "attn": (C // 2, C)}.items():
+        for part, shape in {
+            "theta": (C, C // 8),
+            "phi": (C, C // 8),
+            "g": (C, C // 2),
+            "attn": (C // 2, C),
+        }.items():
             layer(f"{name}/sn_conv_{part}", 1, 1, *shape, bias=None)
         v[f"model/{name}/sigma_ratio"] = np.array(0.7)
 
@@ -114,9 +119,13 @@ def _class_norm(v, name, x, label):
 def _attention(v, name, x):
     B, H, W, C = x.shape
     theta = _conv(v, f"{name}/sn_conv_theta", x).reshape(B, H * W, C // 8)
-    phi, g = (_pool(_conv(v, f"{name}/sn_conv_{part}", x)).reshape(B, H * W // 4, -1) for part in ("phi", "g"))
+    phi, g = (
+        _pool(_conv(v, f"{name}/sn_conv_{part}", x)).reshape(B, H * W // 4, -1) for part in ("phi", "g")
+    )
     attended = torch.softmax(theta @ phi.mT, dim=-1) @ g
-    return x + _get(v, f"{name}/sigma_ratio") * _conv(v, f"{name}/sn_conv_attn", attended.reshape(B, H, W, -1))
+    return x + _get(v, f"{name}/sigma_ratio") * _conv(
+        v, f"{name}/sn_conv_attn", attended.reshape(B, H, W, -1)
+    )
 
 
 def _pool(x):

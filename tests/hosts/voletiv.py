@@ -16,7 +16,10 @@ class Self_Attn(nn.Module):
     def __init__(self, channels):
         super().__init__()
         self.snconv1x1_theta, self.snconv1x1_phi = (conv(channels, channels // 8, 1) for _ in range(2))
-        self.snconv1x1_g, self.snconv1x1_attn = conv(channels, channels // 2, 1), conv(channels // 2, channels, 1)
+        self.snconv1x1_g, self.snconv1x1_attn = (
+            conv(channels, channels // 2, 1),
+            conv(channels // 2, channels, 1),
+        )
         self.sigma = nn.Parameter(torch.zeros(1))
 
     def forward(self, x):
