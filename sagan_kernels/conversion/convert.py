@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from sagan_kernels import hub
+from sagan_kernels import hub, zoo
 from sagan_kernels.conversion.dialects import DIALECTS, Dialect
 from sagan_kernels.conversion.from_host import Network, from_host
 from sagan_kernels.conversion.names import NETWORKS, part_of
@@ -190,8 +190,7 @@ def _ours(checkpoint: Any, source: str | None, settings: Mapping[str, Any]) -> C
 
 def _folder(name_or_dir: str | Path) -> list[Generator | Discriminator]:
     """The networks of a model folder or zoo entry; none where it is neither."""
-    path = Path(name_or_dir)
-    if not (path / "config.json").is_file() and not (hub.zoo.list_models().count(str(name_or_dir))):
+    if not (Path(name_or_dir) / "config.json").is_file() and str(name_or_dir) not in zoo.list_models():
         return []
     config = hub.read_config(hub.resolve(name_or_dir))
     return [cls.from_pretrained(name_or_dir) for part, cls in NETWORKS.items() if part in config]

@@ -2,10 +2,11 @@
 
 import pickle
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
+from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 import safetensors.torch
@@ -41,14 +42,15 @@ def read_file(path: Path) -> dict[str, dict[str, Tensor]]:
             "given as an .npz file of its variables"
         )
     try:
-        return tensors_in(_load(path), str(path))
-    except (SafetensorError, EOFError, RuntimeError, BadZipFile, KeyError, OSError) as error:
+        content = _load(path)
+    except (SafetensorError, EOFError, RuntimeError, BadZipFile, KeyError, ValueError, OSError) as error:
         raise ValueError(f"{path}: must be a whole {path.suffix} file, got {_first_line(error)}") from error
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path}: must hold tensors and plain values only, got {_need(error)}; refused, since reading it could run "
             "any code. Where its origin is trusted, save the state dict alone with the project's own code"
         ) from error
+    return tensors_in(content, str(path))
 
 
 def tensors_in(content: Any, where: str = "convert_checkpoint") -> dict[str, dict[str, Tensor]]:
@@ -78,9 +80,16 @@ def _load(path: Path) -> Any:
     if path.suffix == ".safetensors":
         return safetensors.torch.load_file(path)
     if path.suffix == ".npz":
-        with np.load(path, allow_pickle=False) as arrays:
-            return dict(arrays)
-    return torch.load(path, map_location="cpu", weights_only=True)
+        with ZipFile(path) as archive:
+            return {
+                name.removesuffix(".npy"): np.lib.format.read_array(archive.open(name), allow_pickle=False)
+                for name in archive.namelist()
+            }
+    with (
+        warnings.catch_warnings()
+    ):  # of an unusual pickle protocol, which the unpickler then takes or refuses
+        warnings.simplefilter("ignore")
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _all_tensors(content: object) -> bool:
