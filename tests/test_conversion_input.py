@@ -37,8 +37,9 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_not(tmp_path, where):
         path.write_bytes(pickle.dumps(content["extra"]))
     else:
         torch.save(content, path, _use_new_zipfile_serialization=where != "legacy")
+    need = r"Unsupported operand \d+" if where == "plain" else r"a need of \w+\.mkdir"
     with pytest.raises(
-        ValueError, match=r"G\.pth: must hold tensors and plain values only, got a need of \S*mkdir; re"
+        ValueError, match=rf"G\.pth: must hold tensors and plain values only, got {need}; refused"
     ):
         convert_checkpoint(path)
     assert not mark.exists()

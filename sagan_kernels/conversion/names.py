@@ -83,7 +83,7 @@ def outline(part: str, config: Mapping[str, Any]) -> Generator | Discriminator:
     """The network of `config` without memory for its tensors and without spectral normalization, but its config."""
     normed = {key: False for key in ("spectral_norm", "norm_spectral_norm") if key in config}
     with torch.device("meta"):
-        network = NETWORKS[part](**config | normed)
+        network = NETWORKS[part](**{**config, **normed})
     network.config |= {key: config[key] for key in normed}
     return network
 

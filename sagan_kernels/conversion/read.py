@@ -116,8 +116,9 @@ def _plain(tensors: Mapping[str, Any], where: str) -> dict[str, Tensor]:
 
 def _need(error: Exception) -> str:
     """What a pickle asked for."""
-    found = re.search(r"GLOBAL ([\w.]+)|Unsupported (?:global|operand|class)[^\w]*([\w.]+)", str(error))
-    return f"a need of {found[1] or found[2]}" if found else _first_line(error)
+    found = re.search(r"GLOBAL ([\w.]+)", str(error))
+    other = re.search(r"Unsupported [^\n]*", str(error))
+    return f"a need of {found[1]}" if found else other[0] if other else _first_line(error)
 
 
 def _first_line(error: Exception) -> str:

@@ -44,7 +44,7 @@ def _check(
     if not config["num_classes"]:
         raise ValueError(f"{where}: must have classes, got num_classes 0")
     for key, usual in IMPLIED[part].items():
-        expected = (names.settings | settings).get(key, usual)
+        expected = {**names.settings, **settings}.get(key, usual)
         if key == "attention_bias" and not config["attention_at"]:
             continue
         if config[key] != expected:
