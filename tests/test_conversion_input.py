@@ -157,6 +157,18 @@ def altered(change, **arguments):
             r"\(3, 16\), got \(16, 5\); its other sizes say 32 px, 3 classes",
         ),
         (
+            lambda: altered(lambda s: s.update({"blocks.0.0.conv2d2.weight_orig": torch.zeros(16)})),
+            r"blocks\.0\.0\.conv2d2\.weight_orig must have 4 dimensions, none empty, got \(16,\)",
+        ),
+        (
+            lambda: altered(lambda s: s.update({"conv2d5.weight_u": torch.zeros(4)})),
+            r"conv2d5\.weight_u must have as many numbers as conv2d5\.weight_orig has outputs, 3, got 4",
+        ),
+        (
+            lambda: altered(lambda s: s.update({"blocks.2.0.sigma": torch.zeros(16)})),
+            r"blocks\.2\.0\.sigma must make our attention\.16\.gamma \(\), got \(16,\)",
+        ),
+        (
             lambda: altered(lambda s: s.update({"linear0.weight_orig": torch.zeros(36 * 16, 6)})),
             "must start from a 4×4 map of 16 channels, 256 numbers, got 576",
         ),

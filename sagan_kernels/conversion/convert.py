@@ -169,7 +169,7 @@ def _ours(checkpoint: Any, source: str | None, settings: Mapping[str, Any]) -> C
         return Conversion(
             OURS,
             OURS,
-            {model.part: model.state_dict() for model in models},
+            {model.part: _separate(model.state_dict()) for model in models},
             {model.part: model.config for model in models},
             {model.part: {} for model in models},
         )

@@ -69,7 +69,8 @@ class _Reader:
     def read(self, pair: Pair) -> None:
         """One layer."""
         if pair.kind == "gamma":
-            self._put(pair.ours, pair.theirs, self._take(pair.theirs).reshape(-1)[0].clone())
+            gamma = self._take(pair.theirs)
+            self._put(pair.ours, pair.theirs, gamma.reshape(()) if gamma.numel() == 1 else gamma)
         elif pair.kind == "norm":
             self._norm(pair)
         elif pair.kind == "class_norm":
@@ -193,13 +194,18 @@ class _Reader:
         names = layer_names(self.dialect, kind)
         if not self._normed(theirs, kind):
             key = self._join(theirs, names.weight)
-            weight = self._turned(self._take(key), kind)
+            weight = self._matrix(key, kind)
             self._put(f"{ours}.{parameter}", key, weight.T.contiguous() if transposed else weight)
             return
         key = self._join(theirs, names.normed_weight)
-        weight = self._turned(self._take(key), kind)
+        weight = self._matrix(key, kind)
         u_key = self._join(theirs, names.u)
         u = self._take(u_key)
+        if u.numel() != weight.shape[0]:
+            raise ValueError(
+                f"{self.where}: {u_key} must have as many numbers as {key} has outputs, {weight.shape[0]}, got "
+                f"{u.numel()}"
+            )
         if names.v is None:
             self.kept[u_key] = u
             u, v = iterate(weight, self._turned(u.reshape(-1), kind))
@@ -260,7 +266,7 @@ class _Reader:
         names = self.dialect.class_norm
         path = self._join(norm, names.gain)
         if not names.as_layers:
-            return self._peek(path), False
+            return self._matrix(path, "embedding"), False
         gain = self._weight_at(path, "embedding")
         return gain.T if names.transposed else gain, self._normed(path, "embedding")
 
@@ -277,7 +283,16 @@ class _Reader:
     def _weight_at(self, path: str, kind: str) -> Tensor:
         names = layer_names(self.dialect, kind)
         name = names.normed_weight if self._normed(path, kind) else names.weight
-        return self._turned(self._peek(self._join(path, name)), kind)
+        return self._matrix(self._join(path, name), kind)
+
+    def _matrix(self, key: str, kind: str) -> Tensor:
+        tensor = self._take(key)
+        ndim = 4 if kind == "conv" else 2
+        if tensor.ndim != ndim or 0 in tensor.shape:
+            raise ValueError(
+                f"{self.where}: {key} must have {ndim} dimensions, none empty, got {tuple(tensor.shape)}"
+            )
+        return self._turned(tensor, kind)
 
     def _normed(self, path: str, kind: str) -> bool:
         return self._join(path, layer_names(self.dialect, kind).u) in self.tensors

@@ -107,7 +107,10 @@ def _plain(tensors: Mapping[str, Any], where: str) -> dict[str, Tensor]:
         tensor = value.detach() if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
         if tensor.is_meta:
             raise ValueError(f"{where}: must hold values, got {key} on the meta device")
-        plain[key.removesuffix(":0")] = tensor.cpu()  # :0 is how TensorFlow ends a variable's name
+        if not tensor.is_floating_point() and tensor.numel() > 1:
+            raise ValueError(f"{where}: must hold floating-point numbers, got {key} of {tensor.dtype}")
+        # copied: the network they are from may train on. TensorFlow ends a variable's name in :0
+        plain[key.removesuffix(":0")] = tensor.cpu().clone()
     for prefix in PREFIXES:
         if all(key.startswith(prefix) for key in plain):
             plain = {key.removeprefix(prefix): tensor for key, tensor in plain.items()}
