@@ -237,6 +237,21 @@ def test_networks_are_found_in_wrapped_and_parallel_checkpoints():
     torch.testing.assert_close(conversion.model()(*inputs), g(*inputs), **MATCH)
 
 
+def test_the_moving_average_is_what_is_saved(tmp_path):
+    (ema, (z, label)), (g, _) = (generator(biggan_pytorch, {}) for _ in range(2))
+    conversion = convert_checkpoint({"G_ema": ema.state_dict(), "G": g.state_dict()})
+    assert conversion.save(tmp_path) == [tmp_path / "generator.safetensors"]
+    torch.testing.assert_close(Generator.from_pretrained(tmp_path)(z.float(), label), ema(z, label).float())
+
+
+def test_a_conversion_stays_when_the_network_it_is_from_trains_on():
+    network, inputs = generator(mimicry, {})
+    expected = network(*inputs)
+    conversion = convert_checkpoint(network.state_dict())
+    torch.nn.init.zeros_(network.block2.c1.weight_orig)
+    torch.testing.assert_close(conversion.model()(*inputs), expected, **MATCH)
+
+
 def test_saved_conversion_is_a_model_folder_that_samples(tmp_path):
     g, (z, label) = generator(studiogan, {})
     d, _ = discriminator(studiogan, {})

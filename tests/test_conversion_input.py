@@ -319,3 +319,16 @@ def test_options_say_what_the_tensors_do_not(tmp_path):
     )
     assert done.exit_code == 0, done.output
     assert Generator.from_pretrained(tmp_path / "out").config["norm_eps"] == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("host", "part"), [(biggan_pytorch, "Generator"), (studiogan, "Generator"), (voletiv, "Discriminator")]
+)
+def test_any_tensor_of_a_wrong_shape_is_an_error_of_one_line(host, part):
+    state = tensors(host, part)
+    for i, key in enumerate(state):
+        wrong = torch.zeros([(), (0,), (7,), (2, 3), (5, 5, 3, 3, 1)][i % 5])
+        if wrong.shape == state[key].shape or key.startswith("block5.snconv2d0.") or key.endswith("sv0"):
+            continue  # the last two are not read
+        with pytest.raises(ValueError, match=r"^convert_checkpoint: [^\n]+$"):
+            convert_checkpoint(state | {key: wrong})

@@ -258,8 +258,8 @@ class _Reader:
         stored = {"running_mean": names.mean, "running_var": names.var, "num_batches_tracked": names.count}
         for ours, theirs in stored.items():
             if theirs is not None and (key := self._join(pair.theirs, theirs)) in self.tensors:
-                shape = () if ours == "num_batches_tracked" else (-1,)
-                self._put(f"{pair.ours}.{ours}", key, self._take(key).reshape(shape))
+                tensor = self._take(key)
+                self._put(f"{pair.ours}.{ours}", key, tensor.reshape(-1) if "running" in ours else tensor)
 
     def _gain(self, norm: str) -> tuple[Tensor, bool]:
         """The table of class gains of one normalization, its classes first, and whether it is spectral-normed."""
