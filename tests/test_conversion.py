@@ -31,6 +31,7 @@ GENERATORS = [
 DISCRIMINATORS = [
     ("biggan_pytorch", biggan_pytorch, {}, {}),
     ("biggan_pytorch", biggan_pytorch, {"resolution": 64, "ch": 8, "attention": (16, 32)}, {}),
+    ("biggan_pytorch", biggan_pytorch, {"resolution": 64, "ch": 8, "attention": (32,), "wide": False}, {}),
     ("studiogan", studiogan, {}, {}),
     ("studiogan", studiogan, {"resolution": 64, "conv_dim": 4, "attention": (2,)}, {}),
     ("mimicry", mimicry, {}, {}),
@@ -149,7 +150,9 @@ def test_the_official_variables_give_both_networks(tensorflow):
 
 
 def test_the_official_variables_come_back_with_the_same_bits(tensorflow, tmp_path):
-    conversion = convert_checkpoint({f"{name}:0": array for name, array in tensorflow.items()})
+    slots = {"global_step": np.array(7), "beta1_power": np.array(0.9)}
+    slots |= {f"{name}/Adam_1": array for name, array in tensorflow.items()}
+    conversion = convert_checkpoint({f"{name}:0": array for name, array in (tensorflow | slots).items()})
     (path,) = convert_checkpoint(conversion, target="official").save(tmp_path)
     assert_same_bits(load_file(path), {name: torch.from_numpy(array) for name, array in tensorflow.items()})
 
@@ -158,7 +161,7 @@ def test_our_network_alone_goes_back_to_the_official_outputs(tensorflow):
     z, label = latents()
     ours = convert_checkpoint(tensorflow).model("generator")
     back = convert_checkpoint(ours, target="official").state_dicts["generator"]
-    variables = {f"model/g_{name}": tensor.numpy() for name, tensor in back.items()}
+    variables = {name: tensor.numpy() for name, tensor in back.items()}
     assert variables.keys() == {name for name in tensorflow if name.startswith("model/g_")}
     again = official.generator(variables, z, label)
     torch.testing.assert_close(again, official.generator(tensorflow, z, label), **MATCH)

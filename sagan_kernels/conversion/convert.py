@@ -90,12 +90,12 @@ class Conversion:
             for network in chosen:
                 self.model(network).save_pretrained(folder)
             return [folder / f"{_part(network)}.safetensors" for network in chosen]
-        prefixes = DIALECTS[self.target].prefixes
+        dialect = DIALECTS[self.target]
         contents = {f"{network}.safetensors": tensors for network, tensors in self.state_dicts.items()}
-        if prefixes:
+        if dialect.prefixes:
             contents = {
                 "checkpoint.safetensors": {
-                    prefixes[network] + key: tensor
+                    ("" if dialect.prefixes_named else dialect.prefixes[network]) + key: tensor
                     for network, tensors in self.state_dicts.items()
                     for key, tensor in tensors.items()
                 }
@@ -125,7 +125,9 @@ def convert_checkpoint(
         source: whose tensors they are, one of `DIALECTS`; found by their names when None.
         target: sagan_kernels, or one of `DIALECTS`.
         settings: what no tensor tells and the project's usual code is not right about: `norm_eps` and `upsample` of
-            the generator, `shortcut_relu` of the discriminator (mmgeneration's "wReLUinplace" models).
+            the generator, `shortcut_relu` of the discriminator (mmgeneration's "wReLUinplace" models). On the way
+            out they are what the code there will be run with; what is its own option (BigGAN's BN_eps and D_wide,
+            mmgeneration's norm_eps and in-place activations) must be given there as our config has it.
 
     Raises:
         FileNotFoundError: no such file.
@@ -228,7 +230,11 @@ def _networks(found: Mapping[str, Mapping[str, Tensor]], dialect: Dialect) -> di
             k: t for k, t in tensors.items() if not (dialect.ignored and re.fullmatch(dialect.ignored, k))
         }
         groups = {
-            network: {key.removeprefix(prefix): t for key, t in kept.items() if key.startswith(prefix)}
+            network: {
+                key.removeprefix("" if dialect.prefixes_named else prefix): tensor
+                for key, tensor in kept.items()
+                if key.startswith(prefix)
+            }
             for network, prefix in dialect.prefixes.items()
         }
         groups = {network: group for network, group in groups.items() if group} or {label: kept}

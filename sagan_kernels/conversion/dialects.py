@@ -54,16 +54,15 @@ class Part:
     first_block: str | None = None  # the first block's name where it has no number
     attention_counts: bool = False  # attention takes a number of its own in the count of blocks
     attention_at: Mapping[int, tuple[int, ...]] | None = None  # resolution: sides, where no name tells
-    settings: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # arguments of our network that its code implies
+    settings: Mapping[str, Any] = field(default_factory=dict)  # of our network, as its code implies
+    free: tuple[str, ...] = ()  # settings that its code leaves open
     unused: str | None = None  # a regular expression: tensors that its forward does not read
     differs: str | None = None  # why our networks cannot hold it
 
 
 @dataclass(frozen=True)
 class Dialect:
-    """One project's names. `prefixes` tell several networks in one file apart."""
+    """One project's names."""
 
     generator: Part
     discriminator: Part
@@ -76,7 +75,8 @@ class Dialect:
     special_layers: Mapping[str, LayerNames] = field(default_factory=dict)  # by kind: seed, linear, embedding
     joint: str = "."
     channels_last: bool = False
-    prefixes: Mapping[str, str] = field(default_factory=dict)
+    prefixes: Mapping[str, str] = field(default_factory=dict)  # tell several networks in one file apart
+    prefixes_named: bool = False  # ... and are part of the names in the tables
     ignored: str | None = None  # a regular expression: tensors of the optimizer and the like
 
 
@@ -89,6 +89,7 @@ BIGGAN_PYTORCH = Dialect(
         block="blocks.{n}.0",
         inside={"norm1": "bn1", "conv1": "conv1", "norm2": "bn2", "conv2": "conv2", "shortcut": "conv_sc"},
         attention="blocks.{n}.1",
+        free=("norm_eps",),
     ),
     discriminator=Part(
         mark="embed.",
@@ -96,6 +97,7 @@ BIGGAN_PYTORCH = Dialect(
         block="blocks.{n}.0",
         inside={"conv1": "conv1", "conv2": "conv2", "shortcut": "conv_sc"},
         attention="blocks.{n}.1",
+        free=("narrow_blocks",),
     ),
     projections=PROJECTIONS,
     gamma="gamma",
@@ -188,6 +190,7 @@ MMGENERATION = Dialect(
         attention="conv_blocks.{n}",
         attention_counts=True,
         settings={"norm_eps": 1e-4},
+        free=("norm_eps",),
     ),
     discriminator=Part(
         mark="from_rgb.",
@@ -197,6 +200,7 @@ MMGENERATION = Dialect(
         inside={"conv1": "conv_1.conv", "conv2": "conv_2.conv", "shortcut": "shortcut.conv"},
         attention="conv_blocks.{n}",
         attention_counts=True,
+        free=("shortcut_relu",),
     ),
     projections={ours: f"{theirs}.conv" for ours, theirs in PROJECTIONS.items()},
     gamma="gamma",
@@ -280,9 +284,9 @@ HEYKEETAE = replace(
 
 OFFICIAL = Dialect(
     generator=Part(
-        mark="snh0/",
-        layers={"linear": "snh0", "norm": "bn", "to_image": "snconv_last"},
-        block="block{n}",
+        mark="model/g_snh0/",
+        layers={"linear": "model/g_snh0", "norm": "model/g_bn", "to_image": "model/g_snconv_last"},
+        block="model/g_block{n}",
         first=1,
         inside={
             "norm1": "cbn_0",
@@ -291,17 +295,17 @@ OFFICIAL = Dialect(
             "conv2": "snconv2",
             "shortcut": "snconv3",
         },
-        attention="non_local",
+        attention="model/g_non_local",
         attention_at={128: (32, 64)},
     ),
     discriminator=Part(
-        mark="optimized_block1/",
-        layers={"linear": "sn_linear", "embedding": "embedding"},
-        block="block{n}",
+        mark="model/d_optimized_block1/",
+        layers={"linear": "model/d_sn_linear", "embedding": "model/d_embedding"},
+        block="model/d_block{n}",
         first=2,
-        first_block="optimized_block1",
+        first_block="model/d_optimized_block1",
         inside={"conv1": "sn_conv1", "conv2": "sn_conv2", "shortcut": "sn_conv3"},
-        attention="non_local",
+        attention="model/d_non_local",
         attention_at={128: (32, 64)},
     ),
     projections={"query": "sn_conv_theta", "key": "sn_conv_phi", "value": "sn_conv_g", "out": "sn_conv_attn"},
@@ -320,6 +324,7 @@ OFFICIAL = Dialect(
     joint="/",
     channels_last=True,
     prefixes={"generator": "model/g_", "discriminator": "model/d_"},
+    prefixes_named=True,
     ignored=r".*(/Adam(_1)?|beta[12]_power(_1)?|global_step|ExponentialMovingAverage)",
 )
 

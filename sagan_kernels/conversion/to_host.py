@@ -13,7 +13,12 @@ from sagan_kernels.conversion.names import Pair, layer_names, outline, pairs, pa
 
 IMPLIED: dict[str, dict[str, Any]] = {
     "generator": {"upsample": "nearest", "norm_eps": 1e-5, "attention_bias": False, "residual": True},
-    "discriminator": {"shortcut_relu": False, "attention_bias": False, "residual": True},
+    "discriminator": {
+        "shortcut_relu": False,
+        "narrow_blocks": False,
+        "attention_bias": False,
+        "residual": True,
+    },
 }
 """Settings that a project's code fixes, with the values where its dialect says nothing."""
 
@@ -45,17 +50,12 @@ def _check(
         raise ValueError(f"{where}: must have classes, got num_classes 0")
     for key, usual in IMPLIED[part].items():
         expected = {**names.settings, **settings}.get(key, usual)
-        if key == "attention_bias" and not config["attention_at"]:
+        if key in names.free or (key == "attention_bias" and not config["attention_at"]):
             continue
         if config[key] != expected:
             raise ValueError(f"{where}: must have {key} {expected!r}, got {config[key]!r}")
     if config.get("norm_spectral_norm") and not dialect.class_norm.may_be_normed:
         raise ValueError(f"{where}: must have norm_spectral_norm False, got True")
-    if names.settings.get("narrow_blocks", False) != config.get("narrow_blocks", False):
-        raise ValueError(
-            f"{where}: must have narrow_blocks {names.settings.get('narrow_blocks', False)}, got "
-            f"{config['narrow_blocks']}"
-        )
     sides = list((names.attention_at or {}).get(config["resolution"], ()))
     if names.attention_at is not None and config["attention_at"] not in ([], *([side] for side in sides)):
         raise ValueError(

@@ -129,11 +129,12 @@ class Generator(nn.Module):
 
 
 class DBlock(nn.Module):
-    def __init__(self, width_in, width, preactivation, downsample):
+    def __init__(self, width_in, width, preactivation, downsample, wide):
         super().__init__()
         self.preactivation, self.downsample = preactivation, downsample
-        self.conv1 = SNConv2d(width_in, width, 3, padding=1)
-        self.conv2 = SNConv2d(width, width, 3, padding=1)
+        hidden = width if wide or not preactivation else width_in
+        self.conv1 = SNConv2d(width_in, hidden, 3, padding=1)
+        self.conv2 = SNConv2d(hidden, width, 3, padding=1)
         if downsample or width_in != width:
             self.conv_sc = SNConv2d(width_in, width, 1)
 
@@ -148,13 +149,13 @@ class DBlock(nn.Module):
 
 
 class Discriminator(nn.Module):
-    def __init__(self, resolution=32, ch=4, classes=3, attention=(16,)):
+    def __init__(self, resolution=32, ch=4, classes=3, attention=(16,), wide=True):
         super().__init__()
         widths = [ch * w for w in DISCRIMINATOR[resolution]]
         halvings = 2 if resolution == 32 else len(widths) - 1
         self.blocks = nn.ModuleList(
             nn.ModuleList(
-                [DBlock([3, *widths][i], widths[i], i > 0, i < halvings)]
+                [DBlock([3, *widths][i], widths[i], i > 0, i < halvings, wide)]
                 + ([Attention(widths[i])] if i < halvings and resolution >> i + 1 in attention else [])
             )
             for i in range(len(widths))
