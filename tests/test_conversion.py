@@ -9,7 +9,7 @@ from hosts import biggan_pytorch, mimicry, mmgeneration, official, studiogan, vo
 from hosts.formulas import lived_in
 from safetensors.torch import load_file
 
-from sagan_kernels import Generator, convert_checkpoint
+from sagan_kernels import Discriminator, Generator, convert_checkpoint
 from sagan_kernels.conversion import layout
 from sagan_kernels.models.inference import inference_generator
 from sagan_kernels.nn import ConditionalBatchNorm2d
@@ -165,6 +165,17 @@ def test_our_network_alone_goes_back_to_the_official_outputs(tensorflow):
     assert variables.keys() == {name for name in tensorflow if name.startswith("model/g_")}
     again = official.generator(variables, z, label)
     torch.testing.assert_close(again, official.generator(tensorflow, z, label), **MATCH)
+
+
+def test_a_network_trained_here_gives_biggan_the_same_outputs_once_u_and_v_have_settled():
+    critic = Discriminator(32, 3, base_channels=8).double()
+    x, label = images()
+    with torch.no_grad():
+        for _ in range(300):
+            critic(x, label)
+    theirs = biggan_pytorch.Discriminator().double().eval()
+    theirs.load_state_dict(convert_checkpoint(critic, target="biggan_pytorch").state_dicts["discriminator"])
+    torch.testing.assert_close(theirs(x, label), critic.eval()(x, label), rtol=1e-4, atol=1e-5)
 
 
 def test_u_and_v_follow_the_order_of_one_iteration():

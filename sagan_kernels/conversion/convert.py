@@ -3,7 +3,7 @@
 import difflib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +41,9 @@ class Conversion:
 
     source: str
     target: str
-    state_dicts: dict[str, dict[str, Tensor]]
+    state_dicts: dict[str, dict[str, Tensor]] = field(repr=False)
     configs: dict[str, dict[str, Any]]
-    kept: dict[str, dict[str, Tensor]]
+    kept: dict[str, dict[str, Tensor]] = field(repr=False)
 
     def model(self, network: str | None = None) -> Generator | Discriminator:
         """Our network in eval mode, in float32, or float64 where the tensors are.
@@ -114,9 +114,11 @@ def convert_checkpoint(
 ) -> Conversion:
     """Convert networks between another project's tensors and ours, to the same function.
 
-    Eval-mode outputs are equal to rounding, the state of the spectral normalization included. The way there and back
-    gives the same bits when the `Conversion` itself is given back; through a model folder alone, BigGAN's and the
-    official code's u is found anew (the outputs stay the same where v is up to date) and σ is recomputed.
+    Into ours, eval-mode outputs are equal to rounding, the state of the spectral normalization included. There and
+    back gives the same bits when the `Conversion` itself is given back. From our network alone, tensors that the
+    other code does not read are missing (voletiv's block5.snconv2d0; load with strict=False), and BigGAN and the
+    official code get the u from which they find our v. Those two then take σ = |W v|: that of a network which came
+    from them; for one trained here half an iteration more than our uᵀWv, which is nothing once u and v have settled.
 
     Args:
         checkpoint: a file, read without running anything in it (`read_file`); a mapping of names to tensors or
