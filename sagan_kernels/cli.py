@@ -13,6 +13,7 @@ from PIL import Image
 
 import sagan_kernels
 from sagan_kernels import evaluation, hub, sampling, zoo
+from sagan_kernels.conversion import convert_checkpoint
 from sagan_kernels.data import load_images
 from sagan_kernels.evaluation import Scorer
 from sagan_kernels.features import FeatureNet, load_feature_net, save_feature_net, train_feature_net
@@ -307,6 +308,52 @@ def publish(
         return
     for entry, url in publishing.publish(repositories, private=private or None, create_pr=create_pr).items():
         click.echo(f"{entry}: {url}")
+
+
+@cli.command(
+    epilog="\b\nsagan convert model=G-best-weights-step=120000.pth --from studiogan --out converted\n"
+    "sagan convert converted --to biggan_pytorch --out back"
+)
+@click.argument("checkpoint", metavar="PATH")
+@click.option(
+    "--from", "source", metavar="NAME", help="The project it is from  [default: found by its tensors]"
+)
+@click.option(
+    "--to", "target", default="sagan_kernels", show_default=True, metavar="NAME", help="Whose names to write."
+)
+@click.option(
+    "--norm-eps", type=float, help="Of the generator's batch norms, where the project's default is not right."
+)
+@click.option(
+    "--shortcut-relu/--no-shortcut-relu", default=None, help="In-place ReLUs in the discriminator, likewise."
+)
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), metavar="DIR", help="For the networks."
+)
+def convert(
+    checkpoint: str,
+    source: str | None,
+    target: str,
+    norm_eps: float | None,
+    shortcut_relu: bool | None,
+    out: Path,
+) -> None:
+    """Convert PATH, another project's checkpoint, to a model folder; or a model folder to another project's names.
+
+    Projects: biggan_pytorch, studiogan, mimicry, mmgeneration, voletiv, official. Nothing in the file is run.
+    """
+    told = {"norm_eps": norm_eps, "shortcut_relu": shortcut_relu}
+    with usage():
+        conversion = convert_checkpoint(
+            checkpoint,
+            source=source,
+            target=target,
+            settings={k: v for k, v in told.items() if v is not None},
+        )
+    files = conversion.save(out)
+    click.echo(f"{', '.join(conversion.state_dicts)} of {conversion.source}, for {conversion.target}:")
+    for file in files:
+        click.echo(f"  {file}")
 
 
 def parse_seeds(text: str) -> list[int]:

@@ -85,12 +85,19 @@ class DiscriminatorBackbone(nn.Module):
         for i, block in enumerate(self.blocks):
             assert isinstance(block, DownBlock)
             reduction *= 2 if block.downsample else 1
-            width = block.conv1.out_channels
+            width = block.conv2.out_channels
             self.feature_info.append({"num_chs": width, "reduction": reduction, "module": f"blocks.{i}"})
         first = self.blocks[0]
         assert isinstance(first, DownBlock)
         if in_chans != 3:
-            self.blocks[0] = DownBlock(in_chans, first.conv1.out_channels, downsample=True, first=True)
+            self.blocks[0] = DownBlock(
+                in_chans,
+                first.conv2.out_channels,
+                downsample=True,
+                first=True,
+                shortcut_relu=False,
+                narrow=False,
+            )
         self.num_features = self.head_hidden_size = self.feature_info[-1]["num_chs"]
         self.drop_rate, self.grad_checkpointing = drop_rate, False
         self.reset_classifier(num_classes, global_pool)

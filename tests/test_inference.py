@@ -17,6 +17,8 @@ SETTINGS = [
     {"residual": False},
     {"residual": False, "attention_at": [32], "num_classes": 0},
     {"widths": [3, 2, 1, 2]},
+    {"upsample": "bilinear", "norm_eps": 1e-3},
+    {"norm_spectral_norm": True, "attention_bias": True},
 ]
 
 

@@ -59,12 +59,16 @@ def test_feat32_and_feat64_placements_have_the_released_widths():
         {"residual": False, "spectral_norm": False, "attention_at": []},
         {"residual": False},
         {"resolution": 64, "attention_at": [8, 16, 32]},
+        {"attention_bias": True},
+        {"generator": {"upsample": "bilinear", "norm_eps": 1e-4}, "discriminator": {"narrow_blocks": True}},
+        {"generator": {"norm_spectral_norm": True}, "discriminator": {"shortcut_relu": True}},
     ],
     ids=str,
 )
 def test_every_setting_makes_images_and_logits_and_trains(settings):
     settings = {"resolution": 32, "num_classes": 3, "base_channels": 8} | settings
-    generator, discriminator = Generator(z_dim=6, **settings), Discriminator(**settings)
+    own = [settings.pop(part, {}) for part in ("generator", "discriminator")]
+    generator, discriminator = Generator(z_dim=6, **settings, **own[0]), Discriminator(**settings, **own[1])
     label = torch.tensor([0, 2]) if settings["num_classes"] else None
     image = generator(torch.randn(2, 6), label)
     assert image.shape == (
@@ -142,6 +146,12 @@ def test_r1_gradient_matches_finite_differences():
         ({"resolution": 32, "num_classes": -3}, "num_classes must be a whole number from 0, got -3"),
         ({"resolution": 32, "image_channels": 2}, "image_channels must be 1 or 3, got 2"),
         ({"resolution": 32, "spectral_norm": "no"}, "spectral_norm must be true or false, got 'no'"),
+        ({"resolution": 32, "upsample": "bicubic"}, "upsample must be nearest or bilinear, got 'bicubic'"),
+        ({"resolution": 32, "norm_eps": 0}, "norm_eps must be a number between 0 and 1, got 0"),
+        (
+            {"resolution": 32, "norm_spectral_norm": True, "num_classes": 0},
+            "norm_spectral_norm must be false without classes, got True",
+        ),
         ({"resolution": 32, "widths": [1, 2]}, r"widths must be 4 positive numbers at 32 px, got \[1, 2\]"),
     ],
 )
@@ -161,3 +171,31 @@ def test_missing_label_is_named(network):
     x = torch.zeros(1, 128) if network is Generator else torch.zeros(1, 3, 32, 32)
     with pytest.raises(ValueError, match="a label is needed, one of 3 classes"):
         model(x)
+
+
+def test_discriminator_settings_change_what_they_say():
+    """Narrow blocks meet at their incoming width; the shortcut sees the ReLU where it is asked to."""
+    narrow = Discriminator(64, 3, base_channels=8, narrow_blocks=True)
+    assert [block.conv1.out_channels for block in narrow.blocks] == [8, 8, 16, 32, 64]
+    assert [block.conv2.out_channels for block in narrow.blocks] == [8, 16, 32, 64, 128]
+    block = Discriminator(32, 3, base_channels=8, shortcut_relu=True, spectral_norm=False).blocks[3]
+    x = torch.randn(2, 16, 8, 8)
+    inner = block.conv2(block.conv1(x.relu()).relu())
+    torch.testing.assert_close(block(x), inner + x.relu())
+
+
+def test_generator_settings_change_what_they_say():
+    generator = Generator(
+        32, 3, base_channels=8, upsample="bilinear", norm_eps=0.5, norm_spectral_norm=True
+    ).eval()
+    block = generator.blocks[0]
+    x = torch.randn(2, 32, 4, 4)
+    label = torch.tensor([0, 2])
+    gain = block.norm1.gain
+    torch.testing.assert_close(torch.linalg.matrix_norm(gain, 2), torch.tensor(1.0), rtol=1e-2, atol=0)
+    normed = x / 1.5**0.5 * (1 + gain[label])[..., None, None] + block.norm1.bias[label][..., None, None]
+    torch.testing.assert_close(block.norm1(x, label), normed)
+    up = torch.nn.functional.interpolate(normed.relu(), size=(8, 8), mode="bilinear", align_corners=False)
+    inner = block.conv2(block.norm2(block.conv1(up), label).relu())
+    big = torch.nn.functional.interpolate(x, size=(8, 8), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(block(x, label), inner + block.shortcut(big), rtol=1e-4, atol=1e-5)

@@ -189,8 +189,13 @@ class _UpBlock(nn.Module):
 
     def __init__(self, block: UpBlock, after: tuple[Tensor, Tensor] | None, dtype: torch.dtype) -> None:
         super().__init__()
+        self.upsample = block.upsample
         self.norm1 = _Affine(*_tables(block.norm1), dtype)
-        self.conv1 = _UpConvolution(upsample_kernel(block.conv1.weight), None, dtype)
+        self.conv1 = (
+            _UpConvolution(upsample_kernel(block.conv1.weight), None, dtype)
+            if block.upsample == "nearest"
+            else _Convolution(block.conv1.weight, None, dtype)
+        )
         self.norm2 = _Affine(*_tables(block.norm2, block.conv1.bias), dtype)
         weight, shortcut = block.conv2.weight, block.shortcut.weight
         bias = block.conv2.bias + block.shortcut.bias  # type: ignore[operator]
@@ -203,9 +208,11 @@ class _UpBlock(nn.Module):
 
     def forward(self, x: Tensor, label: Tensor | None) -> Tensor:
         h = self.norm1(x, label).relu_()
+        if self.upsample != "nearest":
+            h = F.interpolate(h, scale_factor=2, mode=self.upsample)
         h = self.norm2(self.conv1(h), label).relu_()
         h = self.conv2(h)
-        return h.add_(F.interpolate(self.shortcut(x), scale_factor=2, mode="nearest"))
+        return h.add_(F.interpolate(self.shortcut(x), scale_factor=2, mode=self.upsample))
 
 
 class _PlainUpBlock(nn.Module):
@@ -229,11 +236,17 @@ class _Attention(nn.Module):
 
     def __init__(self, layer: SelfAttention2d, dtype: torch.dtype) -> None:
         super().__init__()
-        self.query = _Convolution(layer.query.weight, None, dtype)
+        biased = layer.query.bias is not None
+        self.query = _Convolution(layer.query.weight, layer.query.bias, dtype)
         # one convolution makes both: they read the same map and are pooled alike
-        self.key_value = _Convolution(torch.cat([layer.key.weight, layer.value.weight]), None, dtype)
+        self.key_value = _Convolution(
+            torch.cat([layer.key.weight, layer.value.weight]),
+            torch.cat([cast(Tensor, layer.key.bias), cast(Tensor, layer.value.bias)]) if biased else None,
+            dtype,
+        )
         self.widths = [layer.key.out_channels, layer.value.out_channels]
-        self.out = _Convolution(layer.gamma * layer.out.weight, None, dtype)
+        out_bias = layer.gamma * cast(Tensor, layer.out.bias) if biased else None
+        self.out = _Convolution(layer.gamma * layer.out.weight, out_bias, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         query = positions(self.query(x))

@@ -49,6 +49,10 @@ class Generator(Pretrained):
         residual: residual blocks; False for DCGAN's (one transposed 4×4 convolution a block, arXiv:1511.06434).
         widths: channels of each feature map in units of base_channels, the 4×4 seed first; None for the published
             ones, `GENERATOR_WIDTHS[resolution]`.
+        upsample: how residual blocks enlarge: "nearest", or "bilinear" as mimicry.
+        norm_eps: added to every batch variance; 1e-4 in StudioGAN and mmgeneration.
+        norm_spectral_norm: divide the tables of class gains and biases by their spectral norm too, as StudioGAN.
+        attention_bias: biases in the attention's convolutions, as voletiv's version.
 
     Raises:
         ValueError: the resolution is not known, or the network has no feature map of a side in attention_at.
@@ -67,13 +71,26 @@ class Generator(Pretrained):
         spectral_norm: bool = True,
         residual: bool = True,
         widths: Iterable[int] | None = None,
+        upsample: str = "nearest",
+        norm_eps: float = 1e-5,
+        norm_spectral_norm: bool = False,
+        attention_bias: bool = False,
     ) -> None:
         super().__init__()
-        _check("Generator", num_classes, image_channels, spectral_norm=spectral_norm, residual=residual)
+        _check(
+            "Generator", num_classes, image_channels, spectral_norm=spectral_norm, residual=residual,
+            norm_spectral_norm=norm_spectral_norm, attention_bias=attention_bias,
+        )  # fmt: skip
         if type(z_dim) is not int or z_dim < 1:
             raise ValueError(f"Generator: z_dim must be a whole number from 1, got {z_dim!r}")
+        if upsample not in ("nearest", "bilinear"):
+            raise ValueError(f"Generator: upsample must be nearest or bilinear, got {upsample!r}")
+        if not (isinstance(norm_eps, float) and 0 < norm_eps < 1):
+            raise ValueError(f"Generator: norm_eps must be a number between 0 and 1, got {norm_eps!r}")
+        if norm_spectral_norm and not num_classes:
+            raise ValueError("Generator: norm_spectral_norm must be false without classes, got True")
         factors, channels = _widths("Generator", GENERATOR_WIDTHS, resolution, base_channels, widths)
-        sides = [8 << i for i in range(len(channels) - 1)]  # side after each block
+        sides = [8 << i for i in range(len(channels) - 1)]
         self.config = {
             "resolution": resolution,
             "num_classes": num_classes,
@@ -84,23 +101,30 @@ class Generator(Pretrained):
             "spectral_norm": spectral_norm,
             "residual": residual,
             "widths": factors,
+            "upsample": upsample,
+            "norm_eps": norm_eps,
+            "norm_spectral_norm": norm_spectral_norm,
+            "attention_bias": attention_bias,
         }
         self.resolution, self.num_classes, self.z_dim = resolution, num_classes, z_dim
+        self.sides = sides  # after each block
 
         self.linear = nn.Linear(z_dim, 16 * channels[0])
-        block = UpBlock if residual else PlainUpBlock
         self.blocks = nn.ModuleList(
-            block(width_in, width, num_classes) for width_in, width in pairwise(channels)
+            UpBlock(width_in, width, num_classes, norm_eps, upsample)
+            if residual
+            else PlainUpBlock(width_in, width, num_classes, norm_eps)
+            for width_in, width in pairwise(channels)
         )
         self.attention = nn.ModuleDict(
             {
-                str(side): SelfAttention2d(channels[1 + sides.index(side)])
+                str(side): SelfAttention2d(channels[1 + sides.index(side)], bias=attention_bias)
                 for side in self.config["attention_at"]
             }
         )
-        self.norm = nn.BatchNorm2d(channels[-1])
+        self.norm = nn.BatchNorm2d(channels[-1], eps=norm_eps)
         self.to_image = nn.Conv2d(channels[-1], image_channels, 3, padding=1)
-        _initialize(self, spectral_norm)
+        _initialize(self, spectral_norm, norm_spectral_norm)
 
     def forward(self, z: Tensor, label: Tensor | None = None) -> Tensor:
         x = self.linear(z).unflatten(1, (-1, 4, 4))
@@ -129,6 +153,11 @@ class Discriminator(Pretrained):
             a gradient penalty stays a statement about one image.
         widths: channels of each block in units of base_channels; None for the published ones,
             `DISCRIMINATOR_WIDTHS[resolution]`.
+        attention_bias: biases in the attention's convolutions, as voletiv's version.
+        shortcut_relu: the ReLU at the start of a block reaches its shortcut as well: what the in-place ReLU of
+            StudioGAN, mimicry and voletiv does, and their weights are trained with.
+        narrow_blocks: the convolutions inside a block, other than the first, meet at its incoming width, as in
+            mimicry; otherwise at its outgoing one.
 
     Raises:
         ValueError: the resolution is not known, or the network has no feature map of a side in attention_at.
@@ -146,9 +175,15 @@ class Discriminator(Pretrained):
         spectral_norm: bool = True,
         residual: bool = True,
         widths: Iterable[int] | None = None,
+        attention_bias: bool = False,
+        shortcut_relu: bool = False,
+        narrow_blocks: bool = False,
     ) -> None:
         super().__init__()
-        _check("Discriminator", num_classes, image_channels, spectral_norm=spectral_norm, residual=residual)
+        _check(
+            "Discriminator", num_classes, image_channels, spectral_norm=spectral_norm, residual=residual,
+            attention_bias=attention_bias, shortcut_relu=shortcut_relu, narrow_blocks=narrow_blocks,
+        )  # fmt: skip
         factors, channels = _widths("Discriminator", DISCRIMINATOR_WIDTHS, resolution, base_channels, widths)
         halvings = 2 if resolution == 32 else len(channels) - 1
         sides = [resolution >> min(i + 1, halvings) for i in range(len(channels))]
@@ -161,16 +196,27 @@ class Discriminator(Pretrained):
             "spectral_norm": spectral_norm,
             "residual": residual,
             "widths": factors,
+            "attention_bias": attention_bias,
+            "shortcut_relu": shortcut_relu,
+            "narrow_blocks": narrow_blocks,
         }
         self.resolution, self.num_classes = resolution, num_classes
+        self.sides = sides  # after each block
 
-        block = DownBlock if residual else PlainDownBlock
+        ways = list(zip((image_channels, *channels), channels, strict=False))
         self.blocks = nn.ModuleList(
-            block(width_in, width, downsample=i < halvings, first=i == 0)
-            for i, (width_in, width) in enumerate(zip((image_channels, *channels), channels, strict=False))
+            DownBlock(
+                *way, downsample=i < halvings, first=i == 0, shortcut_relu=shortcut_relu, narrow=narrow_blocks
+            )
+            if residual
+            else PlainDownBlock(*way, downsample=i < halvings)
+            for i, way in enumerate(ways)
         )
         self.attention = nn.ModuleDict(
-            {str(side): SelfAttention2d(channels[sides.index(side)]) for side in self.config["attention_at"]}
+            {
+                str(side): SelfAttention2d(channels[sides.index(side)], bias=attention_bias)
+                for side in self.config["attention_at"]
+            }
         )
         self._attention_after = {sides.index(side): str(side) for side in self.config["attention_at"]}
         self.linear = nn.Linear(channels[-1], 1)
@@ -196,30 +242,34 @@ class Discriminator(Pretrained):
 
 
 class UpBlock(nn.Module):
-    """Generator residual block: x (B, C, H, W) -> (B, K, 2H, 2W); both paths enlarge by nearest neighbor."""
+    """Generator residual block: x (B, C, H, W) -> (B, K, 2H, 2W); both paths enlarge alike."""
 
-    def __init__(self, width_in: int, width: int, num_classes: int) -> None:
+    def __init__(self, width_in: int, width: int, num_classes: int, norm_eps: float, upsample: str) -> None:
         super().__init__()
-        self.norm1 = ConditionalBatchNorm2d(width_in, num_classes)
+        self.upsample = upsample
+        self.norm1 = ConditionalBatchNorm2d(width_in, num_classes, eps=norm_eps)
         self.conv1 = nn.Conv2d(width_in, width, 3, padding=1)
-        self.norm2 = ConditionalBatchNorm2d(width, num_classes)
+        self.norm2 = ConditionalBatchNorm2d(width, num_classes, eps=norm_eps)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1)
         self.shortcut = nn.Conv2d(width_in, width, 1)
 
     def forward(self, x: Tensor, label: Tensor | None) -> Tensor:
         h = F.relu(self.norm1(x, label))
-        h = upsample_conv2d(h, self.conv1.weight, self.conv1.bias)
+        if self.upsample == "nearest":
+            h = upsample_conv2d(h, self.conv1.weight, self.conv1.bias)
+        else:
+            h = self.conv1(F.interpolate(h, scale_factor=2, mode=self.upsample))
         h = self.conv2(F.relu(self.norm2(h, label)))
-        # a 1×1 convolution and nearest-neighbor enlargement commute: convolve the small map
-        return h + F.interpolate(self.shortcut(x), scale_factor=2, mode="nearest")
+        # a 1×1 convolution and enlargement commute: convolve the small map
+        return h + F.interpolate(self.shortcut(x), scale_factor=2, mode=self.upsample)
 
 
 class PlainUpBlock(nn.Module):
     """DCGAN's generator block: x (B, C, H, W) -> (B, K, 2H, 2W)."""
 
-    def __init__(self, width_in: int, width: int, num_classes: int) -> None:
+    def __init__(self, width_in: int, width: int, num_classes: int, norm_eps: float) -> None:
         super().__init__()
-        self.norm1 = ConditionalBatchNorm2d(width_in, num_classes)
+        self.norm1 = ConditionalBatchNorm2d(width_in, num_classes, eps=norm_eps)
         self.conv1 = nn.ConvTranspose2d(width_in, width, 4, stride=2, padding=1)
 
     def forward(self, x: Tensor, label: Tensor | None) -> Tensor:
@@ -232,15 +282,20 @@ class DownBlock(nn.Module):
     The first block of a network takes an image: no ReLU before its convolution.
     """
 
-    def __init__(self, width_in: int, width: int, *, downsample: bool, first: bool) -> None:
+    def __init__(
+        self, width_in: int, width: int, *, downsample: bool, first: bool, shortcut_relu: bool, narrow: bool
+    ) -> None:
         super().__init__()
-        self.downsample, self.first = downsample, first
-        self.conv1 = nn.Conv2d(width_in, width, 3, padding=1)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        self.downsample, self.first, self.shortcut_relu = downsample, first, shortcut_relu
+        hidden = width_in if narrow and not first else width
+        self.conv1 = nn.Conv2d(width_in, hidden, 3, padding=1)
+        self.conv2 = nn.Conv2d(hidden, width, 3, padding=1)
         self.shortcut = nn.Conv2d(width_in, width, 1) if downsample or width_in != width else None
 
     def forward(self, x: Tensor) -> Tensor:
-        h = F.relu(self.conv1(x if self.first else F.relu(x)))
+        h = x if self.first else F.relu(x)
+        x = h if self.shortcut_relu else x
+        h = F.relu(self.conv1(h))
         if self.downsample:
             h = conv2d_avg_pool(h, self.conv2.weight, self.conv2.bias)
             x = F.avg_pool2d(x, 2)  # commutes with the 1×1 convolution: pool first
@@ -252,9 +307,8 @@ class DownBlock(nn.Module):
 class PlainDownBlock(nn.Module):
     """DCGAN's discriminator block: x (B, C, H, W) -> (B, K, H/2, W/2), or (B, K, H, W) without downsampling."""
 
-    def __init__(self, width_in: int, width: int, *, downsample: bool, first: bool) -> None:
+    def __init__(self, width_in: int, width: int, *, downsample: bool) -> None:
         super().__init__()
-        del first  # the activation follows the convolution
         self.conv1 = (
             nn.Conv2d(width_in, width, 4, stride=2, padding=1)
             if downsample
@@ -314,8 +368,13 @@ def _whole_numbers(where: str, name: str, values: Iterable[int]) -> list[int]:
     return numbers
 
 
-def _initialize(model: nn.Module, normalize: bool) -> None:
+def _initialize(model: nn.Module, normalize: bool, normalize_norms: bool = False) -> None:
     """Xavier-uniform weights and zero biases, as the released code; then spectral normalization where asked."""
+    for module in list(model.modules()) if normalize_norms else []:
+        if isinstance(module, ConditionalBatchNorm2d):
+            for name in ("gain", "bias"):
+                nn.init.xavier_uniform_(getattr(module, name))  # zeros have no spectral norm to divide by
+                spectral_norm(module, name)
     for module in list(model.modules()):
         if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.Embedding)):
             nn.init.xavier_uniform_(module.weight)

@@ -20,7 +20,7 @@ class SelfAttention2d(nn.Module):
 
     Reference: Zhang et al., "Self-Attention Generative Adversarial Networks", ICML 2019, arXiv:1805.08318. Widths
     (C/8, C/8, C/2), pooling and the absence of biases follow the authors' released code, as BigGAN does, not the
-    paper's text, for which there is `PaperSelfAttention2d`.
+    paper's text, for which there is `PaperSelfAttention2d`; `bias=True` gives all four convolutions one.
 
     ========  ===========  ==============  =============
     here      paper        BigGAN-PyTorch  StudioGAN
@@ -36,18 +36,21 @@ class SelfAttention2d(nn.Module):
         ValueError: channels is not divisible by 8.
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, *, bias: bool = False) -> None:
         super().__init__()
         _check_channels(self, channels)
-        self.query = nn.Conv2d(channels, channels // 8, 1, bias=False)
-        self.key = nn.Conv2d(channels, channels // 8, 1, bias=False)
-        self.value = nn.Conv2d(channels, channels // 2, 1, bias=False)
-        self.out = nn.Conv2d(channels // 2, channels, 1, bias=False)
+        self.query = nn.Conv2d(channels, channels // 8, 1, bias=bias)
+        self.key = nn.Conv2d(channels, channels // 8, 1, bias=bias)
+        self.value = nn.Conv2d(channels, channels // 2, 1, bias=bias)
+        self.out = nn.Conv2d(channels // 2, channels, 1, bias=bias)
         self.gamma = nn.Parameter(torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
         query, key, value, out = (_weight(conv) for conv in (self.query, self.key, self.value, self.out))
-        return sagan_attention(x, query, key, value, out, self.gamma)
+        return sagan_attention(
+            x, query, key, value, out, self.gamma, query_bias=self.query.bias, key_bias=self.key.bias,
+            value_bias=self.value.bias, out_bias=self.out.bias,
+        )  # fmt: skip
 
     @torch.no_grad()
     def attention_map(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
