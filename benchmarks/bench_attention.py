@@ -89,14 +89,13 @@ def r1_step(shape):
 def checked(calls):
     """A wrong result has no speed."""
     results = {name: call() for name, call in calls.items()}
-    expected = results["eager"]
+    results = {name: [r] if isinstance(r, torch.Tensor) else r for name, r in results.items()}
+    scales = [t.abs().max().item() for t in results["eager"]]
     for name, found in results.items():
-        pairs = [(found, expected)] if isinstance(found, torch.Tensor) else zip(found, expected, strict=True)
-        for actual, wanted in pairs:
-            scale = wanted.abs().max().item() + 1e-6
-            torch.testing.assert_close(
-                actual, wanted, rtol=0, atol=1e-4 * scale, msg=lambda m, n=name: f"{n}: {m}"
-            )
+        for actual, wanted, scale in zip(found, results["eager"], scales, strict=True):
+            # a bias of keys has no gradient but rounding: softmax does not see it
+            atol = 1e-4 * max(scale, 1e-2 * max(scales))
+            torch.testing.assert_close(actual, wanted, rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
     return calls
 
 
