@@ -2,7 +2,7 @@
 
 Compiles each kernel, for each shape that people run, with the tiling that `ops/configs.py` chooses, through the same
 launch code that a GPU would see. ptxas, cuobjdump and nvdisasm come with the Triton wheel. Writes
-`benchmarks/results/static.csv`; about an hour on one core. --plan only lists what would be compiled.
+`benchmarks/results/static.csv`; about 25 minutes on one core. --plan only lists what would be compiled.
 """
 
 import argparse
