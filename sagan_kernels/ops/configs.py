@@ -1,4 +1,4 @@
-"""How each attention kernel is cut into tiles: pure functions of widths, arithmetic and architecture.
+"""How each kernel is cut into tiles: pure functions of widths, arithmetic and architecture.
 
 The choice is made from tables, not by timing at run time: the same call always runs the same code, CUDA graphs can
 capture it, and `benchmarks/static_report.py` can compile all that may ever run and count its registers. The tables
@@ -53,6 +53,31 @@ class LayerTiling:
     num_warps: int = 4
     num_stages: int = 2
 
+
+@dataclass(frozen=True)
+class SpectralNormTiling:
+    """What one program of the spectral-norm kernels holds.
+
+    Attributes:
+        rows: rows of a product W v, row_span columns at a time.
+        row_span: see rows.
+        columns: columns of a product Wᵀu, column_span rows at a time.
+        column_span: see columns.
+        block: elements of a weight, where it is divided or its gradient is computed.
+        block_t: partial sums added at a time.
+        warps: of every program.
+    """
+
+    rows: int = 8
+    row_span: int = 512
+    columns: int = 64
+    column_span: int = 64
+    block: int = 2048
+    block_t: int = 256
+    warps: int = 4
+
+
+SPECTRAL_NORM = SpectralNormTiling()
 
 # For each kernel rows of (widest key, widest value part, block_l, block_s), the first that is wide enough counts.
 _Table = dict[Kernel, tuple[tuple[int, int, int, int], ...]]

@@ -1,0 +1,333 @@
+"""One power iteration for all spectral-normed layers of a model, in a constant number of launches."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+from torch.nn.utils.spectral_norm import SpectralNorm as SpectralNormHook
+
+from sagan_kernels.nn.spectral_norm import (
+    SHARDED,
+    Found,
+    SpectralNorm,
+    find_spectral_norms,
+    in_backward,
+    is_sharded,
+    spectral_norms,
+)
+from sagan_kernels.ops.dispatch import Impl
+from sagan_kernels.ops.spectral_norm import spectral_normalize
+from sagan_kernels.ops.spectral_norm_launch import Plans
+
+Every = Literal["forward", "step"]
+"""When a group iterates: at every training forward of the model, or at the first after weights have changed."""
+
+_AUTOCAST = (nn.Linear, nn.modules.conv._ConvNd)
+"""Layers whose weight autocast converts."""
+
+
+def group_spectral_norm(
+    model: nn.Module, *, every: Every = "forward", overlap: bool | None = None, impl: Impl | None = None
+) -> "SpectralNormGroup":
+    """Normalize all spectral-normed weights of `model` together, whenever `model` is called.
+
+    Same as `SpectralNormGroup(model, ...)`, which has the arguments.
+    """
+    return SpectralNormGroup(model, every=every, overlap=overlap, impl=impl)
+
+
+def ungroup_spectral_norm(model: nn.Module) -> nn.Module:
+    """Undo every group whose layers lie in `model`, as `SpectralNormGroup.ungroup` does, and return `model`."""
+    for group in groups_in(model):
+        group.ungroup()
+    for found in find_spectral_norms(model):  # a part of a grouped model, or a copy of one
+        _leave(found.step)
+    return model
+
+
+class SpectralNormGroup:
+    """The spectral-normed layers of a model, normalized together at the start of its forward.
+
+    Layers are those of `sagan_kernels.nn.spectral_norm`, `torch.nn.utils.parametrizations.spectral_norm` and
+    `torch.nn.utils.spectral_norm`. Parameters, buffers, state-dict keys, hooks and optimizers stay as they are. On a
+    GPU it takes three launches forward and two backward for all layers of a device and dtype; on a CPU it saves passes
+    over the weights. Under autocast, linear and convolution layers get W/σ in autocast's dtype at once.
+
+    **How often it iterates.** Once in a training forward of the model, however often a layer is used in it; once for
+    each weight on its own, at the first use of a layer outside a forward of the model after that weight has changed;
+    never in a backward pass, where activation checkpoints compute a forward again. With every="forward", D(real)
+    followed by D(fake) iterates twice, as StudioGAN and mimicry do; with every="step" it iterates when a weight has
+    changed, so once for an optimizer step, as BigGAN and the official code do. Two forwards before one backward give
+    the right gradients in both cases.
+
+    **DistributedDataParallel** sends gradients while others are computed. With one backward for all layers, their
+    gradients would all come at its end; `overlap` keeps one backward for each layer.
+
+    Args:
+        model: the module that is called; group D and G apart. Changed in place; hooks are added to it.
+        every: "forward" or "step". Changes are noticed by PyTorch's version counters: `weight.data.mul_(2)` goes
+            unseen until the next.
+        overlap: one backward for each layer. None chooses it where `torch.distributed` is initialized.
+        impl: "triton", "torch" or "reference" as in `spectral_normalize`; None to choose by device.
+        further: layers of other kinds. Their `step` is `Grouped`, and uses `given` where it is there.
+
+    Raises:
+        ValueError: nothing to group, a layer that is in a group already, or an unknown word.
+        TypeError: sharded parameters (DTensor, FSDP).
+
+    `copy.deepcopy`, `.to()`, `.half()`, `load_state_dict`, also with assign=True, and `.data =` are seen at the next
+    forward: addresses are compared at every call. `nn.DataParallel` replicas normalize each layer by itself. Inside
+    `torch.compile` the layers are normalized by PyTorch's operators, which its compiler fuses; every="step" breaks the
+    graph there.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        every: Every = "forward",
+        overlap: bool | None = None,
+        impl: Impl | None = None,
+        further: Iterable[Found] = (),
+    ) -> None:
+        if every not in get_args(Every):
+            raise ValueError(
+                f"group_spectral_norm: every must be one of {', '.join(get_args(Every))}, got {every!r}"
+            )
+        if impl is not None and impl not in get_args(Impl):
+            raise ValueError(
+                f"group_spectral_norm: impl must be one of {', '.join(get_args(Impl))}, got {impl!r}"
+            )
+        self.every = every
+        self.overlap = overlap
+        self.impl = impl
+        self._model = model
+        self._plans = Plans()
+        self._members = [*_groupable(model), *further]
+        if not self._members:
+            raise ValueError(
+                f"group_spectral_norm: the model must have spectral-normed layers, got none in {type(model).__name__}; "
+                "add them with sagan_kernels.nn.spectral_norm"
+            )
+        _refuse_sharded(model, self._members)
+        for member in self._members:
+            if isinstance(member.step, Grouped):
+                raise ValueError(
+                    f"group_spectral_norm: layers must be in one group, got {member.path} in another; "
+                    "call ungroup_spectral_norm first"
+                )
+            _check_sizes(member)
+        for member in self._members:
+            member.step.__class__ = _GROUPED.get(type(member.step), type(member.step))
+        model.register_forward_pre_hook(self._begin, prepend=True)
+        model.register_forward_hook(self._end, always_call=True)
+
+    def __len__(self) -> int:
+        """Layers in the group."""
+        return len(self._members)
+
+    def __repr__(self) -> str:
+        return f"SpectralNormGroup({len(self)} layers of {type(self._model).__name__}, every={self.every!r})"
+
+    def sigma(self) -> dict[str, Tensor]:
+        """Estimates of each weight's spectral norm, as `spectral_norms` gives them."""
+        return spectral_norms(self._model)
+
+    def ungroup(self) -> nn.Module:
+        """Undo the grouping: every layer is as before, with u and v where the group has brought them."""
+        self._end(self._model)
+        for hooks, call in (
+            (self._model._forward_pre_hooks, self._begin),
+            (self._model._forward_hooks, self._end),
+        ):
+            for key in [key for key, hook in hooks.items() if hook == call]:
+                del hooks[key]
+        self._model._forward_hooks_always_called = type(self._model._forward_hooks_always_called)(
+            (key, value)
+            for key, value in self._model._forward_hooks_always_called.items()
+            if key in self._model._forward_hooks
+        )
+        for member in self._members:
+            _leave(member.step)
+        self._members = []
+        return self._model
+
+    def _begin(self, model: nn.Module, _args: Any) -> None:
+        if _is_replica(model):
+            return
+        self._members = [member for member in self._members if isinstance(member.step, Grouped)]
+        again = in_backward()
+        parts: dict[tuple[bool, bool], list[Found]] = {}
+        for member in self._members:
+            store = member.training and not again
+            if store and self.every == "step":
+                store = _changed(member.step, member.weight)
+            parts.setdefault((store or member.transient, store), []).append(member)
+        for (iterate, store), members in parts.items():
+            self._normalize(members, iterate, store)
+
+    def _normalize(self, members: Sequence[Found], iterate: bool, store: bool) -> None:
+        weights = [member.weight for member in members]
+        for member in members:
+            _check_sizes(member)
+        results = spectral_normalize(
+            weights,
+            [member.u for member in members],
+            [member.v for member in members],
+            [member.rule for member in members],
+            iterate=iterate,
+            store=store,
+            dtypes=[_dtype(member.module, weight) for member, weight in zip(members, weights, strict=True)],
+            together=not (_distributed() if self.overlap is None else self.overlap),
+            impl=self.impl,
+            plans=self._plans,
+        )
+        for member, weight, result in zip(members, weights, results, strict=True):
+            if store:
+                _note(member.step, weight)
+                if isinstance(member.step, SpectralNorm):
+                    member.step.iterate_others(weight)
+            member.step.__dict__["given"] = result  # nn.Module looks at every attribute it is given
+
+    def _end(self, model: nn.Module, *_: Any) -> None:
+        if _is_replica(model):
+            return
+        for member in self._members:
+            member.step.__dict__["given"] = None
+            if member.hooked and isinstance(weight := member.module.__dict__.get(member.name), Tensor):
+                setattr(
+                    member.module, member.name, weight.detach()
+                )  # a deepcopy refuses tensors with a graph
+
+
+def groups_in(model: nn.Module) -> list[SpectralNormGroup]:
+    """The groups of `model` and of the modules in it."""
+    hooks = [hook for module in model.modules() for hook in module._forward_pre_hooks.values()]
+    owners = [getattr(hook, "__self__", None) for hook in hooks]
+    return [owner for owner in owners if isinstance(owner, SpectralNormGroup)]
+
+
+class Grouped:
+    """What normalizes one weight, when a group may have done it already."""
+
+    given: Tensor | None = None  # W/σ, while the group's model runs
+    seen: tuple[int, int] | None = None  # the weight at the last iteration, see _stamp
+
+
+class _GroupedOwn(Grouped, SpectralNorm):
+    def forward(self, weight: Tensor) -> Tensor:
+        if self.given is not None and not _is_replica(self):
+            return self.given
+        if iterate := self.training and not in_backward() and _changed(self, weight):
+            _note(self, weight)
+        return self.normalized(weight, iterate)
+
+
+class _GroupedParametrization(Grouped, parametrizations._SpectralNorm):
+    def forward(self, weight: Tensor) -> Tensor:
+        if self.given is not None and not _is_replica(self):
+            return self.given
+        found = Found("", self, "", self)
+        return _alone(self, weight, found, self._u, self._v)
+
+
+class _GroupedHook(Grouped, SpectralNormHook):
+    def __call__(self, module: nn.Module, inputs: Any) -> None:
+        result = self.given
+        if result is None or _is_replica(module):
+            found = Found("", module, self.name, self)
+            result = _alone(self, found.weight, found, found.u, found.v)
+        setattr(module, self.name, result)
+
+
+_GROUPED = {
+    SpectralNorm: _GroupedOwn,
+    parametrizations._SpectralNorm: _GroupedParametrization,
+    SpectralNormHook: _GroupedHook,
+}
+
+
+def _groupable(model: nn.Module) -> Iterator[Found]:
+    """The layers whose normalizer is known; a subclass of one may compute something else."""
+    for found in find_spectral_norms(model):
+        if type(found.step) in _GROUPED or isinstance(found.step, Grouped):
+            yield found
+
+
+def _alone(step: Any, weight: Tensor, found: Found, u: Tensor, v: Tensor) -> Tensor:
+    """W/σ of one layer, outside a forward of the group's model."""
+    if iterate := found.training and not in_backward() and _changed(step, weight):
+        _note(step, weight)
+    return spectral_normalize([weight], [u], [v], [found.rule], iterate=iterate)[0]
+
+
+def _leave(step: Any) -> None:
+    for plain, grouped in _GROUPED.items():
+        if type(step) is grouped:
+            step.__class__ = plain
+            step.__dict__.pop("given", None)
+            step.__dict__.pop("seen", None)
+
+
+def _note(step: Any, weight: Tensor) -> None:
+    step.__dict__["seen"] = _stamp(weight)
+
+
+@torch.compiler.disable
+def _changed(step: Any, weight: Tensor) -> bool:
+    return step.seen is None or step.seen != _stamp(weight)
+
+
+def _stamp(weight: Tensor) -> tuple[int, int] | None:
+    """What differs once an optimizer has changed the weight; None where that cannot be told."""
+    if torch.compiler.is_compiling() or weight.is_inference() or torch._C._are_functorch_transforms_active():
+        return None
+    return (weight.data_ptr() if weight.device.type != "meta" else 0), weight._version
+
+
+def _dtype(module: nn.Module, weight: Tensor) -> torch.dtype:
+    kind = weight.device.type
+    if not (
+        weight.dtype == torch.float32
+        and isinstance(module, _AUTOCAST)
+        and torch.amp.is_autocast_available(kind)
+    ):
+        return weight.dtype
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+
+
+def _check_sizes(member: Found) -> None:
+    weight, dim = member.weight, member.rule.dim
+    rows = weight.shape[dim] if dim < weight.ndim else 0
+    got = (member.u.shape, member.v.shape)
+    if is_sharded(weight):
+        raise TypeError(f"group_spectral_norm: {member.path} {SHARDED}")
+    if got != ((rows,), (weight.numel() // max(rows, 1),)):
+        raise ValueError(
+            f"group_spectral_norm: {member.path} must have as many rows and columns as its u {tuple(got[0])} and "
+            f"v {tuple(got[1])}, got a weight {tuple(weight.shape)}; normalize it again after resizing"
+        )
+    if not weight.device == member.u.device == member.v.device:
+        raise ValueError(
+            f"group_spectral_norm: {member.path} must be on one device with its u and v, got {weight.device}, "
+            f"{member.u.device} and {member.v.device}; move the layer with .to()"
+        )
+
+
+def _refuse_sharded(model: nn.Module, members: list[Found]) -> None:
+    for path, module in model.named_modules():
+        if any(kind.__name__ in ("FullyShardedDataParallel", "FSDPModule") for kind in type(module).__mro__):
+            raise TypeError(f"group_spectral_norm: {path or 'the model'} {SHARDED}")
+    for member in members:
+        if is_sharded(member.weight):
+            raise TypeError(f"group_spectral_norm: {member.path} {SHARDED}")
+
+
+def _is_replica(module: nn.Module) -> bool:
+    return getattr(module, "_is_replica", False)
+
+
+def _distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()

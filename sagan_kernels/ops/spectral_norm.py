@@ -1,0 +1,278 @@
+"""W/σ for the weights of many layers at once, as a differentiable operator."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from sagan_kernels.ops.dispatch import Impl, choose
+from sagan_kernels.ops.spectral_norm_layout import (
+    Item,
+    Layout,
+    Rule,
+    as_matrix,
+    divisor,
+    gradient_on_cpu,
+    iterate_on_cpu,
+    layout,
+    to_stored_order,
+)
+
+if TYPE_CHECKING:
+    from sagan_kernels.ops.spectral_norm_launch import Plans
+
+
+def spectral_normalize(
+    weights: Sequence[Tensor],
+    us: Sequence[Tensor],
+    vs: Sequence[Tensor],
+    rules: Sequence[Rule],
+    *,
+    iterate: bool,
+    store: bool | None = None,
+    dtypes: Sequence[torch.dtype] | None = None,
+    together: bool = True,
+    impl: Impl | None = None,
+    plans: "Plans | None" = None,
+) -> list[Tensor]:
+    """W/σ of every weight, where σ = uᵀWv estimates the largest singular value of the weight as a matrix (R, C).
+
+    Args:
+        weights: any shape of two dimensions or more.
+        us: (R,) each, unit vectors; updated in place with `store`.
+        vs: (C,) each, unit vectors, in the order of `weight.movedim(dim, 0).flatten(1)`; updated in place with `store`.
+        rules: one for each weight.
+        iterate: do the power iterations first; otherwise u and v are used as they are.
+        store: keep the new u and v in `us` and `vs`. By default where `iterate`.
+        dtypes: of the results; by default those of the weights.
+        together: one backward for all weights, which runs when the gradients of all results are there. Without it,
+            each weight's gradient is computed as soon as its result's is.
+        impl: "triton", three launches forward and two backward for all weights of one device and dtype; "torch",
+            lean on a CPU; "reference", the formula in PyTorch's operators; None to choose by device. Inside
+            `torch.compile` and the transforms of `torch.func` it is always the formula.
+        plans: what Triton's launches keep between calls with the same weights.
+
+    Returns:
+        W/σ with the shape and strides of each weight. A zero weight stays zero, divided by 1. A vector is left as it
+        was where its product vanishes; every other one is normalized, however small it is.
+
+    Gradients: of every order, u and v constant: (G - <G, W/σ> u vᵀ)/σ. Forward mode under `torch.func` only.
+
+    Reference: Miyato et al., "Spectral Normalization for Generative Adversarial Networks", arXiv:1802.05957.
+    """
+    store = iterate if store is None else store
+    dtypes = dtypes or [weight.dtype for weight in weights]
+    results = list(weights)
+    launched: dict[Any, list[tuple[int, Item]]] = {}
+    for i, (weight, u, v, rule, dtype) in enumerate(zip(weights, us, vs, rules, dtypes, strict=True)):
+        chosen, lies = _choose(weight, u, v, rule, impl)
+        if lies is None:
+            results[i] = _by_formula(weight, u, v, rule, dtype, iterate, store)
+            continue
+        key = "cpu" if chosen == "torch" else (weight.device, weight.dtype, dtype, rule.n_power_iterations)
+        launched.setdefault(key, []).append((i, Item(weight, u, v, rule, dtype, lies)))
+    for key, part in launched.items():
+        items = [item for _, item in part]
+        with torch.no_grad():
+            state, outs = (
+                _on_cpu(items, iterate, store) if key == "cpu" else _on_gpu(items, iterate, store, plans)
+            )
+        outs = _attach(state, outs, [item.weight for item in items], together)
+        for (i, _), out in zip(part, outs, strict=True):
+            results[i] = out
+    return results
+
+
+def power_iteration(weight: Tensor, u: Tensor, v: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
+    """New u (R,) and v (C,) of `weight` after the rule's power iterations, by PyTorch's operators."""
+    with torch.no_grad(), _without_autocast(weight):
+        matrix = _in_sums(as_matrix(weight, rule.dim))
+        u, v = u.to(matrix.dtype), v.to(matrix.dtype)
+        for _ in range(rule.n_power_iterations):
+            if rule.order == "vu":
+                v = _unit(torch.mv(matrix.t(), u), v)
+                u = _unit(torch.mv(matrix, v), u)
+            else:
+                u = _unit(torch.mv(matrix, v), u)
+                v = _unit(torch.mv(matrix.t(), u), v)
+    return u, v
+
+
+class State(Protocol):
+    """What a backward needs beside tensors."""
+
+    rules: list[Rule]
+    us: list[Tensor]
+    vs: list[Tensor]
+    layouts: list[Layout]
+
+    def gradients(
+        self, grads: Sequence[Tensor | None], weights: Sequence[Tensor], outs: Sequence[Tensor]
+    ) -> list[Tensor | None]:
+        """The weights' gradients from those of the results, without a graph."""
+
+    def split(self) -> Sequence["State"]:
+        """One for each weight."""
+
+
+@dataclass
+class _CpuState:
+    rules: list[Rule]
+    us: list[Tensor]
+    vs: list[Tensor]  # in memory order
+    layouts: list[Layout]
+    sigmas: list[float]
+
+    def gradients(
+        self, grads: Sequence[Tensor | None], weights: Sequence[Tensor], outs: Sequence[Tensor]
+    ) -> list[Tensor | None]:
+        return [
+            None if grad is None else gradient_on_cpu(grad, out, weight, lies, u, v, sigma, rule.cap)
+            for grad, out, weight, lies, u, v, sigma, rule in zip(
+                grads, outs, weights, self.layouts, self.us, self.vs, self.sigmas, self.rules, strict=True
+            )
+        ]
+
+    def split(self) -> list["_CpuState"]:
+        return [
+            _CpuState([rule], [u], [v], [lies], [sigma])
+            for rule, u, v, lies, sigma in zip(
+                self.rules, self.us, self.vs, self.layouts, self.sigmas, strict=True
+            )
+        ]
+
+
+def _on_cpu(items: Sequence[Item], iterate: bool, store: bool) -> tuple["State", list[Tensor]]:
+    state = _CpuState([item.rule for item in items], [], [], [item.lies for item in items], [])
+    outs = []
+    with _without_autocast(items[0].weight):
+        for weight, u, v, rule, dtype, lies in items:
+            new_u, new_v, sigma = iterate_on_cpu(
+                weight,
+                lies,
+                u,
+                v,
+                columns_first=rule.order == "vu",
+                iterations=iterate * rule.n_power_iterations,
+            )
+            if store:
+                u.copy_(new_u)
+                v.copy_(to_stored_order(new_v, lies))
+            out = torch.empty_like(weight, dtype=dtype)
+            outs.append(torch.div(weight, divisor(sigma, rule.cap), out=out))
+            state.us.append(new_u)
+            state.vs.append(new_v)
+            state.sigmas.append(sigma)
+    return state, outs
+
+
+def _on_gpu(
+    items: Sequence[Item], iterate: bool, store: bool, plans: "Plans | None"
+) -> tuple["State", list[Tensor]]:
+    from sagan_kernels.ops.spectral_norm_launch import Plans
+
+    return (plans or Plans()).launch(items, iterate=iterate, store=store)
+
+
+def _attach(state: State, outs: list[Tensor], weights: list[Tensor], together: bool) -> list[Tensor]:
+    """The results with their place in the graph."""
+    if not (torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)):
+        return outs
+    if together:
+        return list(_Normalized.apply(state, outs, *weights))
+    return [
+        _Normalized.apply(part, [out], weight)[0]
+        for part, out, weight in zip(state.split(), outs, weights, strict=True)
+    ]
+
+
+class _Normalized(torch.autograd.Function):
+    """Gives results that are there already their backward."""
+
+    @staticmethod
+    def forward(ctx: Any, state: State, outs: list[Tensor], *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*weights, *outs)
+        ctx.state = state
+        return tuple(outs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        count = len(grads)
+        weights, outs = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        wanted = [
+            grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad[2:], strict=True)
+        ]
+        if not torch.is_grad_enabled():
+            return None, None, *ctx.state.gradients(wanted, weights, outs)
+        terms = zip(
+            wanted, weights, ctx.state.us, ctx.state.vs, ctx.state.layouts, ctx.state.rules, strict=True
+        )
+        return (
+            None,
+            None,
+            *(grad if grad is None else _gradient_formula(grad, *rest) for grad, *rest in terms),
+        )
+
+
+def _gradient_formula(grad: Tensor, weight: Tensor, u: Tensor, v: Tensor, lies: Layout, rule: Rule) -> Tensor:
+    """The backward in differentiable operators."""
+    with _without_autocast(weight):
+        matrix = _in_sums(as_matrix(weight, rule.dim))
+        grad_matrix = as_matrix(grad, rule.dim).to(matrix.dtype)
+        u, v = u.to(matrix.dtype), to_stored_order(v, lies).to(matrix.dtype)
+        sigma = torch.dot(u, torch.mv(matrix, v))
+        divides = (sigma >= 1) if rule.cap else (sigma != 0)
+        divided_by = torch.where(divides, sigma, 1)
+        dot = torch.where(divides, (grad_matrix * matrix).sum() / divided_by, 0)
+        result = ((grad_matrix - dot * torch.outer(u, v)) / divided_by).to(weight.dtype)
+    return result.view(weight.movedim(rule.dim, 0).shape).movedim(0, rule.dim)
+
+
+def _by_formula(
+    weight: Tensor, u: Tensor, v: Tensor, rule: Rule, dtype: torch.dtype, iterate: bool, store: bool
+) -> Tensor:
+    """W/σ in PyTorch's own differentiable operators."""
+    new_u, new_v = power_iteration(weight, u, v, rule) if iterate else (u.clone(), v.clone())
+    if store:
+        with torch.no_grad():
+            u.copy_(new_u)
+            v.copy_(new_v)
+    with _without_autocast(weight):
+        matrix = _in_sums(as_matrix(weight, rule.dim))
+        sigma = torch.dot(new_u.to(matrix.dtype), torch.mv(matrix, new_v.to(matrix.dtype)))
+        divided_by = sigma.clamp(min=1) if rule.cap else torch.where(sigma == 0, 1, sigma)
+        return (weight / divided_by).to(dtype)
+
+
+def _choose(
+    weight: Tensor, u: Tensor, v: Tensor, rule: Rule, impl: Impl | None
+) -> tuple[Impl, Layout | None]:
+    """The implementation, and the layout it works on; none for the formula."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return "reference", None
+    chosen = choose(impl, weight)
+    plain = u.dtype == v.dtype == weight.dtype and u.is_contiguous() and v.is_contiguous()
+    if chosen == "reference" or not plain or (chosen == "torch" and weight.device.type != "cpu"):
+        return "reference", None
+    return chosen, layout(weight.size(), weight.stride(), rule.dim)
+
+
+def _unit(raw: Tensor, old: Tensor) -> Tensor:
+    """Raw / ‖raw‖ at any scale, or `old` where it is zero."""
+    peak = raw.abs().amax()
+    scaled = raw / torch.where(peak == 0, 1, peak)
+    return torch.where(peak == 0, old, scaled / torch.linalg.vector_norm(scaled).clamp(min=1))
+
+
+def _in_sums(matrix: Tensor) -> Tensor:
+    return matrix.float() if matrix.dtype in (torch.float16, torch.bfloat16) else matrix
+
+
+def _without_autocast(weight: Tensor) -> AbstractContextManager[Any]:
+    kind = weight.device.type
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if on else nullcontext()
