@@ -1,6 +1,7 @@
 """Spectral normalization: a weight divided by its largest singular value."""
 
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -318,7 +319,8 @@ SHARDED = (
 
 def is_sharded(weight: Tensor) -> bool:
     """Whether `weight` is a part of a weight (DTensor)."""
-    return any(kind.__name__ == "DTensor" for kind in type(weight).__mro__)
+    tensor = sys.modules.get("torch.distributed.tensor")  # whoever has a DTensor has imported it
+    return tensor is not None and isinstance(weight, tensor.DTensor)
 
 
 def _check(where: str, must: str, got: Any, least: int) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, remove_spectral_norm
 from torch.nn.utils import spectral_norm as hooked_spectral_norm
+from torch.nn.utils.spectral_norm import SpectralNormLoadStateDictPreHook
 
 from sagan_kernels.nn.spectral_norm import (
     Found,
@@ -79,6 +80,7 @@ def _fold(found: Found, reversible: bool) -> None:
     settings = _Settings("hook", rule.n_power_iterations, step.eps, rule.dim)
     if found.hooked:
         remove_spectral_norm(module, name)
+        _remove_key_hooks(module, name)
     else:
         settings = settings._replace(kind="parametrization")
         if isinstance(step, SpectralNorm):
@@ -113,8 +115,7 @@ def _remove_parametrization(module: nn.Module, name: str) -> None:
     torch.nn.utils.parametrize.remove_parametrizations deletes the property from a class that deep copies share, which
     breaks every one of them: this gives the module a class of its own.
     """
-    for key in [k for k, hook in module._load_state_dict_pre_hooks.items() if _renames(hook, name)]:
-        del module._load_state_dict_pre_hooks[key]
+    _remove_key_hooks(module, name)
     del module.parametrizations[name]  # type: ignore[operator,union-attr]
     kind = type(module)
     if not parametrize.is_parametrized(module):
@@ -125,5 +126,10 @@ def _remove_parametrization(module: nn.Module, name: str) -> None:
     module.__class__ = type(kind.__name__, kind.__bases__, kept)
 
 
-def _renames(hook: Any, name: str) -> bool:
-    return isinstance(getattr(hook, "hook", hook), LegacyKeys) and getattr(hook, "hook", hook).name == name
+def _remove_key_hooks(module: nn.Module, name: str) -> None:
+    """Take off what changes the keys of a state dict that is loaded; torch's `remove_spectral_norm` leaves its own."""
+    for key, wrapped in list(module._load_state_dict_pre_hooks.items()):
+        hook = getattr(wrapped, "hook", wrapped)
+        ours = isinstance(hook, LegacyKeys) and hook.name == name
+        if ours or (isinstance(hook, SpectralNormLoadStateDictPreHook) and hook.fn.name == name):
+            del module._load_state_dict_pre_hooks[key]

@@ -1,6 +1,6 @@
 """One power iteration for all spectral-normed layers of a model, in a constant number of launches."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -62,8 +62,9 @@ class SpectralNormGroup:
     changed, so once for an optimizer step, as BigGAN and the official code do. Two forwards before one backward give
     the right gradients in both cases.
 
-    **DistributedDataParallel** sends gradients while others are computed. With one backward for all layers, their
-    gradients would all come at its end; `overlap` keeps one backward for each layer.
+    **DistributedDataParallel** sends gradients while others are computed. With one backward for all layers, which runs
+    after those of all others, there is nothing to hide the sending behind; `overlap` gives each layer its own, at the
+    layer's turn.
 
     Args:
         model: the module that is called; group D and G apart. Changed in place; hooks are added to it.
@@ -170,8 +171,9 @@ class SpectralNormGroup:
 
     def _normalize(self, members: Sequence[Found], iterate: bool, store: bool) -> None:
         weights = [member.weight for member in members]
-        for member in members:
-            _check_sizes(member)
+        if not torch.compiler.is_compiling():
+            for member in members:
+                _check_sizes(member)
         results = spectral_normalize(
             weights,
             [member.u for member in members],
@@ -180,7 +182,7 @@ class SpectralNormGroup:
             iterate=iterate,
             store=store,
             dtypes=[_dtype(member.module, weight) for member, weight in zip(members, weights, strict=True)],
-            together=not (_distributed() if self.overlap is None else self.overlap),
+            deferred=_distributed() if self.overlap is None else self.overlap,
             impl=self.impl,
             plans=self._plans,
         )
@@ -212,14 +214,26 @@ def groups_in(model: nn.Module) -> list[SpectralNormGroup]:
 class Grouped:
     """What normalizes one weight, when a group may have done it already."""
 
-    given: Tensor | None = None  # W/σ, while the group's model runs
+    given: Tensor | Callable[[], Tensor] | None = None  # W/σ, while the group's model runs
     seen: tuple[int, int] | None = None  # the weight at the last iteration, see _stamp
+
+
+def take(step: Grouped, module: nn.Module) -> Tensor | None:
+    """W/σ of the group, or None outside a forward of its model and in a copy of `module` on another device."""
+    given = step.given
+    if given is None or _is_replica(module):
+        return None
+    if callable(given) and not isinstance(given, Tensor):
+        given = given()
+        if given.requires_grad:
+            step.__dict__["given"] = given  # one backward, however often the layer is used
+    return given
 
 
 class _GroupedOwn(Grouped, SpectralNorm):
     def forward(self, weight: Tensor) -> Tensor:
-        if self.given is not None and not _is_replica(self):
-            return self.given
+        if (result := take(self, self)) is not None:
+            return result
         if iterate := self.training and not in_backward() and _changed(self, weight):
             _note(self, weight)
         return self.normalized(weight, iterate)
@@ -227,16 +241,15 @@ class _GroupedOwn(Grouped, SpectralNorm):
 
 class _GroupedParametrization(Grouped, parametrizations._SpectralNorm):
     def forward(self, weight: Tensor) -> Tensor:
-        if self.given is not None and not _is_replica(self):
-            return self.given
+        if (result := take(self, self)) is not None:
+            return result
         found = Found("", self, "", self)
         return _alone(self, weight, found, self._u, self._v)
 
 
 class _GroupedHook(Grouped, SpectralNormHook):
     def __call__(self, module: nn.Module, inputs: Any) -> None:
-        result = self.given
-        if result is None or _is_replica(module):
+        if (result := take(self, module)) is None:
             found = Found("", module, self.name, self)
             result = _alone(self, found.weight, found, found.u, found.v)
         setattr(module, self.name, result)

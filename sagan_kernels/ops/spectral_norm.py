@@ -1,5 +1,6 @@
 """W/σ for the weights of many layers at once, as a differentiable operator."""
 
+import functools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -34,10 +35,10 @@ def spectral_normalize(
     iterate: bool,
     store: bool | None = None,
     dtypes: Sequence[torch.dtype] | None = None,
-    together: bool = True,
+    deferred: bool = False,
     impl: Impl | None = None,
     plans: "Plans | None" = None,
-) -> list[Tensor]:
+) -> list[Any]:
     """W/σ of every weight, where σ = uᵀWv estimates the largest singular value of the weight as a matrix (R, C).
 
     Args:
@@ -48,8 +49,9 @@ def spectral_normalize(
         iterate: do the power iterations first; otherwise u and v are used as they are.
         store: keep the new u and v in `us` and `vs`. By default where `iterate`.
         dtypes: of the results; by default those of the weights.
-        together: one backward for all weights, which runs when the gradients of all results are there. Without it,
-            each weight's gradient is computed as soon as its result's is.
+        deferred: give, in place of each result, a function that returns it and only then gives it its place in the
+            graph. PyTorch runs the backward of what came last first: with it, each weight's gradient is there as soon
+            as its layer's, without it there is one backward for all, after everything else.
         impl: "triton", three launches forward and two backward for all weights of one device and dtype; "torch",
             lean on a CPU; "reference", the formula in PyTorch's operators; None to choose by device. Inside
             `torch.compile` and the transforms of `torch.func` it is always the formula.
@@ -65,12 +67,13 @@ def spectral_normalize(
     """
     store = iterate if store is None else store
     dtypes = dtypes or [weight.dtype for weight in weights]
-    results = list(weights)
+    results: list[Any] = list(weights)
     launched: dict[Any, list[tuple[int, Item]]] = {}
     for i, (weight, u, v, rule, dtype) in enumerate(zip(weights, us, vs, rules, dtypes, strict=True)):
         chosen, lies = _choose(weight, u, v, rule, impl)
         if lies is None:
-            results[i] = _by_formula(weight, u, v, rule, dtype, iterate, store)
+            sigma = _settled(weight, u, v, rule, iterate, store)
+            results[i] = functools.partial(_by_formula, weight, *sigma, rule, dtype)
             continue
         key = "cpu" if chosen == "torch" else (weight.device, weight.dtype, dtype, rule.n_power_iterations)
         launched.setdefault(key, []).append((i, Item(weight, u, v, rule, dtype, lies)))
@@ -80,10 +83,10 @@ def spectral_normalize(
             state, outs = (
                 _on_cpu(items, iterate, store) if key == "cpu" else _on_gpu(items, iterate, store, plans)
             )
-        outs = _attach(state, outs, [item.weight for item in items], together)
-        for (i, _), out in zip(part, outs, strict=True):
+        attached = _attach(state, outs, [item.weight for item in items], deferred)
+        for (i, _), out in zip(part, attached, strict=True):
             results[i] = out
-    return results
+    return results if deferred else [result() if callable(result) else result for result in results]
 
 
 def power_iteration(weight: Tensor, u: Tensor, v: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
@@ -177,16 +180,18 @@ def _on_gpu(
     return (plans or Plans()).launch(items, iterate=iterate, store=store)
 
 
-def _attach(state: State, outs: list[Tensor], weights: list[Tensor], together: bool) -> list[Tensor]:
-    """The results with their place in the graph."""
-    if not (torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)):
-        return outs
-    if together:
-        return list(_Normalized.apply(state, outs, *weights))
-    return [
-        _Normalized.apply(part, [out], weight)[0]
-        for part, out, weight in zip(state.split(), outs, weights, strict=True)
-    ]
+def _attach(state: "State", outs: list[Tensor], weights: list[Tensor], deferred: bool) -> Sequence[Any]:
+    """The results with their place in the graph, or functions that give them one."""
+    if deferred:
+        parts = zip(state.split(), outs, weights, strict=True)
+        return [functools.partial(_attach_one, part, out, weight) for part, out, weight in parts]
+    if torch.is_grad_enabled() and any(weight.requires_grad for weight in weights):
+        return _Normalized.apply(state, outs, *weights)
+    return outs
+
+
+def _attach_one(state: "State", out: Tensor, weight: Tensor) -> Tensor:
+    return _attach(state, [out.detach()], [weight], False)[0]
 
 
 class _Normalized(torch.autograd.Function):
@@ -202,7 +207,8 @@ class _Normalized(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         count = len(grads)
-        weights, outs = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        saved = ctx.saved_tensors  # once: activation checkpoints allow no second time
+        weights, outs = saved[:count], saved[count:]
         wanted = [
             grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad[2:], strict=True)
         ]
@@ -232,18 +238,23 @@ def _gradient_formula(grad: Tensor, weight: Tensor, u: Tensor, v: Tensor, lies: 
     return result.view(weight.movedim(rule.dim, 0).shape).movedim(0, rule.dim)
 
 
-def _by_formula(
-    weight: Tensor, u: Tensor, v: Tensor, rule: Rule, dtype: torch.dtype, iterate: bool, store: bool
-) -> Tensor:
-    """W/σ in PyTorch's own differentiable operators."""
+def _settled(
+    weight: Tensor, u: Tensor, v: Tensor, rule: Rule, iterate: bool, store: bool
+) -> tuple[Tensor, Tensor]:
+    """The vectors that σ is taken with."""
     new_u, new_v = power_iteration(weight, u, v, rule) if iterate else (u.clone(), v.clone())
     if store:
         with torch.no_grad():
             u.copy_(new_u)
             v.copy_(new_v)
+    return new_u, new_v
+
+
+def _by_formula(weight: Tensor, u: Tensor, v: Tensor, rule: Rule, dtype: torch.dtype) -> Tensor:
+    """W/σ in PyTorch's own differentiable operators."""
     with _without_autocast(weight):
         matrix = _in_sums(as_matrix(weight, rule.dim))
-        sigma = torch.dot(new_u.to(matrix.dtype), torch.mv(matrix, new_v.to(matrix.dtype)))
+        sigma = torch.dot(u.to(matrix.dtype), torch.mv(matrix, v.to(matrix.dtype)))
         divided_by = sigma.clamp(min=1) if rule.cap else torch.where(sigma == 0, 1, sigma)
         return (weight / divided_by).to(dtype)
 
