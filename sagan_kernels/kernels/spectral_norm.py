@@ -45,7 +45,7 @@ def product_kernel(
     start = tl.load(tile + 1)
     slot = tl.load(tile + 2)
     row = layers_ptr + WIDTH * layer
-    weight = tl.load(row).to(tl.pointer_type(ELEMENT))
+    address = tl.load(row)
     u = tl.load(row + 1).to(tl.pointer_type(ELEMENT))
     v = tl.load(row + 2).to(tl.pointer_type(ELEMENT))
     A = tl.load(row + 3).to(tl.int32)
@@ -55,70 +55,24 @@ def product_kernel(
     z = z_ptr + tl.load(row + 7)
     inner = tl.load(row + 9).to(tl.int32)
     aligned = (tl.load(row + 11) & ROWS_ALIGNED) != 0
-    C = A * K
-    SUM: tl.constexpr = y_ptr.dtype.element_ty
-
     if tl.load(tile + 3) == 0:
-        norm = 1.0
+        factor_total = 1.0
         if not STORED:
-            norm = tl.sqrt(_total(z_partial_ptr, first_column_tile_ptr, layer, BLOCK_T)).to(SUM)
-        r = start + tl.arange(0, ROWS)
-        acc = tl.zeros((ROWS, ROW_SPAN), SUM)
-        if aligned:
-            W = tl.multiple_of(weight, 16)
-            length = tl.multiple_of(C // VECTOR * VECTOR, VECTOR)  # C itself, in a form the compiler can use
-            for at in range(0, length, ROW_SPAN):
-                c = at + tl.arange(0, ROW_SPAN)
-                x = _factor(z, v, c, c < length, norm, length, inner, STORED, SUM)
-                w_at = r[:, None].to(tl.int64) * length + c[None, :]
-                w = tl.load(W + w_at, mask=(r[:, None] < R) & (c[None, :] < length), other=0.0)
-                acc += w.to(SUM) * x[None, :]
-        else:
-            for at in range(0, C, ROW_SPAN):
-                c = at + tl.arange(0, ROW_SPAN)
-                x = _factor(z, v, c, c < C, norm, C, inner, STORED, SUM)
-                w_at = r[:, None].to(tl.int64) * K + _column_at(c, R, K)[None, :]
-                w = tl.load(weight + w_at, mask=(r[:, None] < R) & (c[None, :] < C), other=0.0)
-                acc += w.to(SUM) * x[None, :]
-        result = tl.sum(acc, 1)
-        tl.store(y + r, result, mask=r < R)
-        wide = result.to(tl.float64)
-        if DOT:
-            wide *= tl.load(u + r, mask=r < R, other=0.0).to(tl.float64)
-        else:
-            wide *= wide
-        tl.store(y_partial_ptr + slot, tl.sum(wide, 0))
+            factor_total = _total(z_partial_ptr, first_column_tile_ptr, layer, BLOCK_T)
+        total = _rows_product(
+            address, u, v, y, z, factor_total, start, A, R, K, inner, aligned,
+            STORED, DOT, ELEMENT, VECTOR, ROWS, ROW_SPAN,
+        )  # fmt: skip
+        tl.store(y_partial_ptr + slot, total)
     else:
-        norm = 1.0
+        factor_total = 1.0
         if not STORED:
-            norm = tl.sqrt(_total(y_partial_ptr, first_row_tile_ptr, layer, BLOCK_T)).to(SUM)
-        c = start + tl.arange(0, COLUMNS)
-        acc = tl.zeros((COLUMN_SPAN, COLUMNS), SUM)
-        if aligned:
-            W = tl.multiple_of(weight, 16)
-            length = tl.multiple_of(C // VECTOR * VECTOR, VECTOR)
-            for at in range(0, R, COLUMN_SPAN):
-                r = at + tl.arange(0, COLUMN_SPAN)
-                x = _factor(y, u, r, r < R, norm, R, R, STORED, SUM)
-                w_at = r[:, None].to(tl.int64) * length + c[None, :]
-                w = tl.load(W + w_at, mask=(r[:, None] < R) & (c[None, :] < length), other=0.0)
-                acc += w.to(SUM) * x[:, None]
-        else:
-            column_at = _column_at(c, R, K)
-            for at in range(0, R, COLUMN_SPAN):
-                r = at + tl.arange(0, COLUMN_SPAN)
-                x = _factor(y, u, r, r < R, norm, R, R, STORED, SUM)
-                w_at = r[:, None].to(tl.int64) * K + column_at[None, :]
-                w = tl.load(weight + w_at, mask=(r[:, None] < R) & (c[None, :] < C), other=0.0)
-                acc += w.to(SUM) * x[:, None]
-        result = tl.sum(acc, 0)
-        tl.store(z + c, result, mask=c < C)
-        wide = result.to(tl.float64)
-        if DOT:
-            wide *= tl.load(v + _stored_at(c, C, inner), mask=c < C, other=0.0).to(tl.float64)
-        else:
-            wide *= wide
-        tl.store(z_partial_ptr + slot, tl.sum(wide, 0))
+            factor_total = _total(y_partial_ptr, first_row_tile_ptr, layer, BLOCK_T)
+        total = _columns_product(
+            address, u, v, y, z, factor_total, start, A, R, K, inner, aligned,
+            STORED, DOT, ELEMENT, VECTOR, COLUMNS, COLUMN_SPAN,
+        )  # fmt: skip
+        tl.store(z_partial_ptr + slot, total)
 
 
 @triton.jit
@@ -137,7 +91,7 @@ def normalize_kernel(
     layer = tl.load(tile).to(tl.int64)
     block = tl.load(tile + 1)
     row = layers_ptr + WIDTH * layer
-    weight = tl.load(row).to(tl.pointer_type(ELEMENT))
+    address = tl.load(row)
     u = tl.load(row + 1).to(tl.pointer_type(ELEMENT))
     v = tl.load(row + 2).to(tl.pointer_type(ELEMENT))
     R = tl.load(row + 4).to(tl.int32)
@@ -168,23 +122,24 @@ def normalize_kernel(
     start = block.to(tl.int64) * BLOCK
     e = start + tl.arange(0, BLOCK)
     if ((flags & ALIGNED) != 0) & (start + BLOCK <= numel):
-        w = tl.load(tl.multiple_of(weight, 16) + e)
+        w = tl.load(_aligned(address, ELEMENT) + e)
         tl.store(tl.multiple_of(out, 16) + e, (w.to(SUM) / divisor).to(out_ptr.dtype.element_ty))
     else:
-        w = tl.load(weight + e, mask=e < numel, other=0.0)
+        w = tl.load(address.to(tl.pointer_type(ELEMENT)) + e, mask=e < numel, other=0.0)
         tl.store(out + e, (w.to(SUM) / divisor).to(out_ptr.dtype.element_ty), mask=e < numel)
 
+    i = block * BLOCK + tl.arange(0, BLOCK)
     if start < R:
-        new = _normalized(y, u, e, e, e < R, y_norm, SUM)
-        tl.store(y + e, new, mask=e < R)
+        new = _normalized(y, u, i, i, i < R, y_norm, SUM)
+        tl.store(y + i, new, mask=i < R)
         if STORE:
-            tl.store(u + e, new.to(ELEMENT), mask=e < R)
+            tl.store(u + i, new.to(ELEMENT), mask=i < R)
     if start < C:
-        stored_at = _stored_at(e, C, inner)
-        new = _normalized(z, v, e, stored_at, e < C, z_norm, SUM)
-        tl.store(z + e, new, mask=e < C)
+        stored_at = _stored_at(i, C, inner)
+        new = _normalized(z, v, i, stored_at, i < C, z_norm, SUM)
+        tl.store(z + i, new, mask=i < C)
         if STORE:
-            tl.store(v + stored_at, new.to(ELEMENT), mask=e < C)
+            tl.store(v + stored_at, new.to(ELEMENT), mask=i < C)
     if block == 0:
         tl.store(sigma_ptr + layer, sigma)
 
@@ -200,7 +155,6 @@ def gradient_dot_kernel(
     layer = tl.load(tile).to(tl.int64)
     row = layers_ptr + WIDTH * layer
     address = tl.load(grads_ptr + layer)
-    grad = address.to(tl.pointer_type(GRAD))
     out = out_ptr + tl.load(row + 8)
     numel = tl.load(row + 10)
     SUM: tl.constexpr = partial_ptr.dtype.element_ty
@@ -209,11 +163,11 @@ def gradient_dot_kernel(
     total = 0.0
     if address != 0:
         if (address % 16 == 0) & (start + BLOCK <= numel):
-            g = tl.load(tl.multiple_of(grad, 16) + e)
+            g = tl.load(_aligned(address, GRAD) + e)
             w = tl.load(tl.multiple_of(out, 16) + e)
             total = tl.sum(g.to(SUM) * w.to(SUM), 0)
         else:
-            g = tl.load(grad + e, mask=e < numel, other=0.0)
+            g = tl.load(address.to(tl.pointer_type(GRAD)) + e, mask=e < numel, other=0.0)
             w = tl.load(out + e, mask=e < numel, other=0.0)
             total = tl.sum(g.to(SUM) * w.to(SUM), 0)
     tl.store(partial_ptr + tl.program_id(0), total)
@@ -232,7 +186,6 @@ def weight_gradient_kernel(
     address = tl.load(grads_ptr + layer)
     if address == 0:
         return
-    grad = address.to(tl.pointer_type(GRAD))
     R = tl.load(row + 4).to(tl.int32)
     K = tl.load(row + 5).to(tl.int32)
     u = u_ptr + tl.load(row + 6)
@@ -261,13 +214,109 @@ def weight_gradient_kernel(
     inside = e < numel
     outer = tl.load(u + r, mask=inside, other=0.0) * tl.load(v + c, mask=inside, other=0.0)
     if (address % 16 == 0) & (start + BLOCK <= numel):
-        g = tl.load(tl.multiple_of(grad, 16) + e).to(SUM)
+        g = tl.load(_aligned(address, GRAD) + e).to(SUM)
         dw = ((g - dot * outer) / divisor).to(weight_grad_ptr.dtype.element_ty)
         tl.store(tl.multiple_of(weight_grad, 16) + e, dw)
     else:
-        g = tl.load(grad + e, mask=inside, other=0.0).to(SUM)
+        g = tl.load(address.to(tl.pointer_type(GRAD)) + e, mask=inside, other=0.0).to(SUM)
         dw = ((g - dot * outer) / divisor).to(weight_grad_ptr.dtype.element_ty)
         tl.store(weight_grad + e, dw, mask=inside)
+
+
+@triton.jit
+def _rows_product(
+    address, u, v, y, z, factor_total, start, A, R, K, inner, aligned,
+    STORED: tl.constexpr, DOT: tl.constexpr, ELEMENT: tl.constexpr, VECTOR: tl.constexpr,
+    ROWS: tl.constexpr, SPAN: tl.constexpr,
+):  # fmt: skip
+    """ROWS entries of y = W v from `start` on, and the sum that DOT chooses."""
+    SUM: tl.constexpr = y.dtype.element_ty
+    C = A * K
+    norm = _root(factor_total, STORED, SUM)
+    r = start + tl.arange(0, ROWS)
+    acc = tl.zeros((ROWS, SPAN), SUM)
+    if aligned:
+        weight = _aligned(address, ELEMENT)
+        length = tl.multiple_of(C // VECTOR * VECTOR, VECTOR)  # C itself, in a form the compiler can use
+        for at in range(0, length, SPAN):
+            c = at + tl.arange(0, SPAN)
+            x = _factor(z, v, c, c < length, norm, length, inner, STORED, SUM)
+            w_at = r[:, None].to(tl.int64) * length + c[None, :]
+            w = tl.load(weight + w_at, mask=(r[:, None] < R) & (c[None, :] < length), other=0.0)
+            acc += w.to(SUM) * x[None, :]
+    else:
+        weight = address.to(tl.pointer_type(ELEMENT))
+        for at in range(0, C, SPAN):
+            c = at + tl.arange(0, SPAN)
+            x = _factor(z, v, c, c < C, norm, C, inner, STORED, SUM)
+            w_at = r[:, None].to(tl.int64) * K + _column_at(c, R, K)[None, :]
+            w = tl.load(weight + w_at, mask=(r[:, None] < R) & (c[None, :] < C), other=0.0)
+            acc += w.to(SUM) * x[None, :]
+    result = tl.sum(acc, 1)
+    tl.store(y + r, result, mask=r < R)
+    wide = result.to(tl.float64)
+    if DOT:
+        wide *= tl.load(u + r, mask=r < R, other=0.0).to(tl.float64)
+    else:
+        wide *= wide
+    return tl.sum(wide, 0)
+
+
+@triton.jit
+def _columns_product(
+    address, u, v, y, z, factor_total, start, A, R, K, inner, aligned,
+    STORED: tl.constexpr, DOT: tl.constexpr, ELEMENT: tl.constexpr, VECTOR: tl.constexpr,
+    COLUMNS: tl.constexpr, SPAN: tl.constexpr,
+):  # fmt: skip
+    """COLUMNS entries of z = Wᵀu from `start` on, and the sum that DOT chooses."""
+    SUM: tl.constexpr = y.dtype.element_ty
+    C = A * K
+    norm = _root(factor_total, STORED, SUM)
+    c = tl.multiple_of(start // COLUMNS * COLUMNS, COLUMNS) + tl.arange(
+        0, COLUMNS
+    )  # start, as the compiler likes it
+    acc = tl.zeros((SPAN, COLUMNS), SUM)
+    if aligned:
+        weight = _aligned(address, ELEMENT)
+        length = tl.multiple_of(C // VECTOR * VECTOR, VECTOR)
+        for at in range(0, R, SPAN):
+            r = at + tl.arange(0, SPAN)
+            x = _factor(y, u, r, r < R, norm, R, R, STORED, SUM)
+            w_at = r[:, None].to(tl.int64) * length + c[None, :]
+            w = tl.load(weight + w_at, mask=(r[:, None] < R) & (c[None, :] < length), other=0.0)
+            acc += w.to(SUM) * x[:, None]
+    else:
+        weight = address.to(tl.pointer_type(ELEMENT))
+        column_at = _column_at(c, R, K)
+        for at in range(0, R, SPAN):
+            r = at + tl.arange(0, SPAN)
+            x = _factor(y, u, r, r < R, norm, R, R, STORED, SUM)
+            w_at = r[:, None].to(tl.int64) * K + column_at[None, :]
+            w = tl.load(weight + w_at, mask=(r[:, None] < R) & (c[None, :] < C), other=0.0)
+            acc += w.to(SUM) * x[:, None]
+    result = tl.sum(acc, 0)
+    tl.store(z + c, result, mask=c < C)
+    wide = result.to(tl.float64)
+    if DOT:
+        wide *= tl.load(v + _stored_at(c, C, inner), mask=c < C, other=0.0).to(tl.float64)
+    else:
+        wide *= wide
+    return tl.sum(wide, 0)
+
+
+@triton.jit
+def _root(total, STORED: tl.constexpr, SUM: tl.constexpr):
+    """The norm of a product from its sum of squares; stored vectors are normalized already."""
+    return 1.0 if STORED else tl.sqrt(total).to(SUM)
+
+
+@triton.jit
+def _aligned(address, ELEMENT: tl.constexpr):
+    """A pointer of its own to an address that is known to be a multiple of 16 bytes: loads of 16 bytes at once.
+
+    The hint belongs to the value it is given to, so the branch for other addresses must not use the same one.
+    """
+    return tl.multiple_of(address.to(tl.pointer_type(ELEMENT)), 16)
 
 
 @triton.jit

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm as SpectralNormHook
 
-from sagan_kernels.ops.spectral_norm import power_iteration, spectral_normalize
+from sagan_kernels.ops.spectral_norm import normalize_one, power_iteration
 from sagan_kernels.ops.spectral_norm_layout import Rule, as_matrix
 
 WARM_START = 15
@@ -136,7 +136,7 @@ class SpectralNorm(nn.Module):
 
     def normalized(self, weight: Tensor, iterate: bool) -> Tensor:
         """Weight / σ after power iterations or without any."""
-        (result,) = spectral_normalize([weight], [self._u], [self._v], [self.rule], iterate=iterate)
+        result = normalize_one(weight, self._u, self._v, self.rule, iterate)
         if iterate:
             self.iterate_others(weight)
         return result

@@ -18,8 +18,9 @@ from sagan_kernels.nn.spectral_norm import (
     spectral_norms,
 )
 from sagan_kernels.ops.dispatch import Impl
-from sagan_kernels.ops.spectral_norm import spectral_normalize
+from sagan_kernels.ops.spectral_norm import normalize_one, spectral_normalize
 from sagan_kernels.ops.spectral_norm_launch import Plans
+from sagan_kernels.ops.spectral_norm_layout import Rule
 
 Every = Literal["forward", "step"]
 """When a group iterates: at every training forward of the model, or at the first after weights have changed."""
@@ -119,7 +120,7 @@ class SpectralNormGroup:
                     f"group_spectral_norm: layers must be in one group, got {member.path} in another; "
                     "call ungroup_spectral_norm first"
                 )
-            _check_sizes(member)
+            _check_sizes(member, member.weight, member.u, member.v, member.rule)
         for member in self._members:
             member.step.__class__ = _GROUPED.get(type(member.step), type(member.step))
         model.register_forward_pre_hook(self._begin, prepend=True)
@@ -167,18 +168,20 @@ class SpectralNormGroup:
                 store = _changed(member.step, member.weight)
             parts.setdefault((store or member.transient, store), []).append(member)
         for (iterate, store), members in parts.items():
+            if not iterate and not torch.is_grad_enabled() and members[0].weight.device.type == "cpu":
+                continue  # nothing is shared between layers: each does its own when it is used, as it would alone
             self._normalize(members, iterate, store)
 
     def _normalize(self, members: Sequence[Found], iterate: bool, store: bool) -> None:
-        weights = [member.weight for member in members]
+        weights, us, vs, rules = zip(*((m.weight, m.u, m.v, m.rule) for m in members), strict=True)
         if not torch.compiler.is_compiling():
-            for member in members:
-                _check_sizes(member)
+            for entry in zip(members, weights, us, vs, rules, strict=True):
+                _check_sizes(*entry)
         results = spectral_normalize(
             weights,
-            [member.u for member in members],
-            [member.v for member in members],
-            [member.rule for member in members],
+            us,
+            vs,
+            rules,
             iterate=iterate,
             store=store,
             dtypes=[_dtype(member.module, weight) for member, weight in zip(members, weights, strict=True)],
@@ -273,7 +276,7 @@ def _alone(step: Any, weight: Tensor, found: Found, u: Tensor, v: Tensor) -> Ten
     """W/σ of one layer, outside a forward of the group's model."""
     if iterate := found.training and not in_backward() and _changed(step, weight):
         _note(step, weight)
-    return spectral_normalize([weight], [u], [v], [found.rule], iterate=iterate)[0]
+    return normalize_one(weight, u, v, found.rule, iterate)
 
 
 def _leave(step: Any) -> None:
@@ -311,21 +314,19 @@ def _dtype(module: nn.Module, weight: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
 
-def _check_sizes(member: Found) -> None:
-    weight, dim = member.weight, member.rule.dim
-    rows = weight.shape[dim] if dim < weight.ndim else 0
-    got = (member.u.shape, member.v.shape)
+def _check_sizes(member: Found, weight: Tensor, u: Tensor, v: Tensor, rule: Rule) -> None:
     if is_sharded(weight):
         raise TypeError(f"group_spectral_norm: {member.path} {SHARDED}")
-    if got != ((rows,), (weight.numel() // max(rows, 1),)):
+    rows, columns = u.numel(), v.numel()
+    if rule.dim >= weight.ndim or weight.shape[rule.dim] != rows or weight.numel() != rows * columns:
         raise ValueError(
-            f"group_spectral_norm: {member.path} must have as many rows and columns as its u {tuple(got[0])} and "
-            f"v {tuple(got[1])}, got a weight {tuple(weight.shape)}; normalize it again after resizing"
+            f"group_spectral_norm: {member.path} must have as many rows and columns as its u ({rows},) and "
+            f"v ({columns},), got a weight {tuple(weight.shape)}; normalize it again after resizing"
         )
-    if not weight.device == member.u.device == member.v.device:
+    if not weight.device == u.device == v.device:
         raise ValueError(
             f"group_spectral_norm: {member.path} must be on one device with its u and v, got {weight.device}, "
-            f"{member.u.device} and {member.v.device}; move the layer with .to()"
+            f"{u.device} and {v.device}; move the layer with .to()"
         )
 
 

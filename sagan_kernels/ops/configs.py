@@ -69,9 +69,9 @@ class SpectralNormTiling:
     """
 
     rows: int = 8
-    row_span: int = 512
+    row_span: int = 256
     columns: int = 64
-    column_span: int = 64
+    column_span: int = 32
     block: int = 2048
     block_t: int = 256
     warps: int = 4

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from sagan_kernels.ops.spectral_norm_launch import Plans
 
 
+_OWN_SUMS = (torch.float32, torch.float64)  # others are summed in float32
+
+
 def spectral_normalize(
     weights: Sequence[Tensor],
     us: Sequence[Tensor],
@@ -69,8 +72,11 @@ def spectral_normalize(
     dtypes = dtypes or [weight.dtype for weight in weights]
     results: list[Any] = list(weights)
     launched: dict[Any, list[tuple[int, Item]]] = {}
+    fastest: dict[Any, Impl] = {}
     for i, (weight, u, v, rule, dtype) in enumerate(zip(weights, us, vs, rules, dtypes, strict=True)):
-        chosen, lies = _choose(weight, u, v, rule, impl)
+        kind = (weight.device, weight.dtype)
+        chosen = fastest.get(kind) or fastest.setdefault(kind, _choose(weight, impl))
+        lies = _layout(weight, u, v, rule) if chosen != "reference" else None
         if lies is None:
             sigma = _settled(weight, u, v, rule, iterate, store)
             results[i] = functools.partial(_by_formula, weight, *sigma, rule, dtype)
@@ -79,14 +85,36 @@ def spectral_normalize(
         launched.setdefault(key, []).append((i, Item(weight, u, v, rule, dtype, lies)))
     for key, part in launched.items():
         items = [item for _, item in part]
+        keep = deferred or torch.is_grad_enabled()
         with torch.no_grad():
-            state, outs = (
-                _on_cpu(items, iterate, store) if key == "cpu" else _on_gpu(items, iterate, store, plans)
-            )
+            if key == "cpu":
+                state, outs = _on_cpu(items, iterate, store, keep)
+            else:
+                state, outs = _on_gpu(items, iterate, store, plans)
         attached = _attach(state, outs, [item.weight for item in items], deferred)
         for (i, _), out in zip(part, attached, strict=True):
             results[i] = out
     return results if deferred else [result() if callable(result) else result for result in results]
+
+
+def normalize_one(weight: Tensor, u: Tensor, v: Tensor, rule: Rule, iterate: bool) -> Tensor:
+    """`spectral_normalize` of one weight, with less around it: a small layer's products take microseconds."""
+    keep = torch.is_grad_enabled() and weight.requires_grad
+    on_cpu = weight.device.type == "cpu" and not _traced()
+    if (
+        on_cpu
+        and not (iterate or keep)
+        and u.dtype == weight.dtype in _OWN_SUMS
+        and not torch.is_autocast_enabled("cpu")
+    ):
+        sigma = torch.dot(u, torch.mv(as_matrix(weight, rule.dim), v))
+        return weight / sigma if sigma.item() and not rule.cap else weight / divisor(sigma.item(), rule.cap)
+    lies = _layout(weight, u, v, rule) if on_cpu and choose(None, weight) == "torch" else None
+    if lies is None:
+        return spectral_normalize([weight], [u], [v], [rule], iterate=iterate)[0]
+    with torch.no_grad():
+        state, outs = _on_cpu([Item(weight, u, v, rule, weight.dtype, lies)], iterate, iterate, keep)
+    return _Normalized.apply(state, outs, weight)[0] if keep else outs[0]
 
 
 def power_iteration(weight: Tensor, u: Tensor, v: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
@@ -148,26 +176,21 @@ class _CpuState:
         ]
 
 
-def _on_cpu(items: Sequence[Item], iterate: bool, store: bool) -> tuple["State", list[Tensor]]:
+def _on_cpu(items: Sequence[Item], iterate: bool, store: bool, keep: bool) -> tuple["State", list[Tensor]]:
+    """States and results. `keep`: a backward may need the vectors, which the next call may move."""
     state = _CpuState([item.rule for item in items], [], [], [item.lies for item in items], [])
     outs = []
     with _without_autocast(items[0].weight):
         for weight, u, v, rule, dtype, lies in items:
-            new_u, new_v, sigma = iterate_on_cpu(
-                weight,
-                lies,
-                u,
-                v,
-                columns_first=rule.order == "vu",
-                iterations=iterate * rule.n_power_iterations,
-            )
+            iterations = iterate * rule.n_power_iterations
+            new_u, new_v, sigma = iterate_on_cpu(weight, lies, u, v, rule.order == "vu", iterations)
             if store:
                 u.copy_(new_u)
                 v.copy_(to_stored_order(new_v, lies))
             out = torch.empty_like(weight, dtype=dtype)
             outs.append(torch.div(weight, divisor(sigma, rule.cap), out=out))
-            state.us.append(new_u)
-            state.vs.append(new_v)
+            state.us.append(new_u.clone() if keep and new_u is u else new_u)
+            state.vs.append(new_v.clone() if keep and new_v is v else new_v)
             state.sigmas.append(sigma)
     return state, outs
 
@@ -259,17 +282,23 @@ def _by_formula(weight: Tensor, u: Tensor, v: Tensor, rule: Rule, dtype: torch.d
         return (weight / divided_by).to(dtype)
 
 
-def _choose(
-    weight: Tensor, u: Tensor, v: Tensor, rule: Rule, impl: Impl | None
-) -> tuple[Impl, Layout | None]:
-    """The implementation, and the layout it works on; none for the formula."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return "reference", None
+def _choose(weight: Tensor, impl: Impl | None) -> Impl:
+    if _traced():
+        return "reference"
     chosen = choose(impl, weight)
-    plain = u.dtype == v.dtype == weight.dtype and u.is_contiguous() and v.is_contiguous()
-    if chosen == "reference" or not plain or (chosen == "torch" and weight.device.type != "cpu"):
-        return "reference", None
-    return chosen, layout(weight.size(), weight.stride(), rule.dim)
+    return "reference" if chosen == "torch" and weight.device.type != "cpu" else chosen
+
+
+def _traced() -> bool:
+    """Whether tensors stand for others, so that only PyTorch's own operators will do."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def _layout(weight: Tensor, u: Tensor, v: Tensor, rule: Rule) -> Layout | None:
+    """What the fast implementations need to know; None where the formula must do."""
+    if not (u.dtype == v.dtype == weight.dtype and u.is_contiguous() and v.is_contiguous()):
+        return None
+    return layout(weight.size(), weight.stride(), rule.dim)
 
 
 def _unit(raw: Tensor, old: Tensor) -> Tensor:

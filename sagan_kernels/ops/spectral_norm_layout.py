@@ -99,11 +99,12 @@ def divisor(sigma: float, cap: bool) -> float:
 
 
 def iterate_on_cpu(
-    weight: Tensor, lies: Layout, u: Tensor, v: Tensor, *, columns_first: bool, iterations: int
+    weight: Tensor, lies: Layout, u: Tensor, v: Tensor, columns_first: bool, iterations: int
 ) -> tuple[Tensor, Tensor, float]:
     """New u, new v in memory order, and σ, after `iterations` power iterations; σ of u and v as they are after none.
 
-    float16 and bfloat16 are computed in float32. Norms are float64: 1e±20 squared has no float32.
+    The vectors may be those given: who keeps them must copy them. float16 and bfloat16 are computed in float32. Norms
+    are float64 where it matters: 1e±20 squared has no float32.
     """
     half = weight.dtype in (torch.float16, torch.bfloat16)
     if half:
@@ -115,7 +116,7 @@ def iterate_on_cpu(
         matrix = weight.as_strided((R, A, K), (K, R * K, 1)).reshape(R, A * K)
     v = to_memory_order(v, lies)
     if not iterations:
-        return u.clone(), v.clone(), torch.dot(u, torch.mv(matrix, v)).item()
+        return u, v, torch.dot(u, torch.mv(matrix, v)).item()
     for _ in range(iterations):
         if columns_first:
             v, _ = _unit(torch.mv(matrix.t(), u), v)
@@ -159,4 +160,4 @@ def _unit(raw: Tensor, old: Tensor) -> tuple[Tensor, float]:
     # where float32 loses squares, as those of 1e-20, or has none, as those of 1e20
     exact = 1e-24 < square < 1e30
     norm = math.sqrt(square) if exact else torch.linalg.vector_norm(raw, dtype=torch.float64).item()
-    return (raw.div_(norm) if norm else old.clone()), norm
+    return (raw.div_(norm) if norm else old), norm
