@@ -150,6 +150,31 @@ def test_iterates_once_a_forward_or_once_a_change(style):
         assert all(torch.equal(after[key], value) for key, value in model.state_dict().items())
 
 
+class ThroughData(torch.optim.Optimizer):
+    """Writes as optimizers before PyTorch 1.5 did, which no version counter sees."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {})
+
+    def step(self):
+        for parameter in self.param_groups[0]["params"]:
+            parameter.data.mul_(1.01).add_(0.05)
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_steps_through_data_count_as_changes(copied):
+    model = critic()
+    group_spectral_norm(model, every="step")
+    model = copy.deepcopy(model) if copied else model
+    model(*batch())
+    u = model.first.parametrizations.weight[0]._u
+    for parameters, moves in ((model.parameters(), True), (nn.Linear(2, 2).parameters(), False)):
+        before = u.clone()
+        ThroughData(parameters).step()
+        model(*batch())
+        assert torch.equal(u, before) is not moves
+
+
 def test_frozen_part_stays_as_it_is():
     model = critic()
     group_spectral_norm(model)

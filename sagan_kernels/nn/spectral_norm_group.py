@@ -1,5 +1,7 @@
 """One power iteration for all spectral-normed layers of a model, in a constant number of launches."""
 
+import functools
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, get_args
 
@@ -7,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils.spectral_norm import SpectralNorm as SpectralNormHook
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from sagan_kernels.nn.spectral_norm import (
     SHARDED,
@@ -69,8 +72,8 @@ class SpectralNormGroup:
 
     Args:
         model: the module that is called; group D and G apart. Changed in place; hooks are added to it.
-        every: "forward" or "step". Changes are noticed by PyTorch's version counters: `weight.data.mul_(2)` goes
-            unseen until the next.
+        every: "forward" or "step". A weight has changed after the step of an optimizer that holds it, or where
+            PyTorch has counted a change in place; `weight.data.mul_(2)` by hand goes unseen until the next of these.
         overlap: one backward for each layer. None chooses it where `torch.distributed` is initialized.
         impl: "triton", "torch" or "reference" as in `spectral_normalize`; None to choose by device.
         further: layers of other kinds. Their `step` is `Grouped`, and uses `given` where it is there.
@@ -123,6 +126,7 @@ class SpectralNormGroup:
             _check_sizes(member, member.weight, member.u, member.v, member.rule)
         for member in self._members:
             member.step.__class__ = _GROUPED.get(type(member.step), type(member.step))
+        _listen()
         model.register_forward_pre_hook(self._begin, prepend=True)
         model.register_forward_hook(self._end, always_call=True)
 
@@ -159,6 +163,8 @@ class SpectralNormGroup:
     def _begin(self, model: nn.Module, _args: Any) -> None:
         if _is_replica(model):
             return
+        if not torch.compiler.is_compiling():
+            _GROUPS.add(self)  # here, so that copies and unpickled groups are among them
         self._members = [member for member in self._members if isinstance(member.step, Grouped)]
         again = in_backward()
         parts: dict[tuple[bool, bool], list[Found]] = {}
@@ -196,6 +202,11 @@ class SpectralNormGroup:
                     member.step.iterate_others(weight)
             member.step.__dict__["given"] = result  # nn.Module looks at every attribute it is given
 
+    def _forget(self, stepped: set[int]) -> None:
+        for member in self._members:
+            if id(member.weight) in stepped:
+                member.step.__dict__["seen"] = None
+
     def _end(self, model: nn.Module, *_: Any) -> None:
         if _is_replica(model):
             return
@@ -205,6 +216,21 @@ class SpectralNormGroup:
                 setattr(
                     member.module, member.name, weight.detach()
                 )  # a deepcopy refuses tensors with a graph
+
+
+_GROUPS: weakref.WeakSet[SpectralNormGroup] = weakref.WeakSet()
+
+
+@functools.cache
+def _listen() -> None:
+    """Hear of every optimizer's steps: some write through `.data`, which PyTorch does not count as a change."""
+    register_optimizer_step_post_hook(_after_step)
+
+
+def _after_step(optimizer: torch.optim.Optimizer, _args: Any, _keywords: Any) -> None:
+    stepped = {id(parameter) for part in optimizer.param_groups for parameter in part["params"]}
+    for group in list(_GROUPS):
+        group._forget(stepped)
 
 
 def groups_in(model: nn.Module) -> list[SpectralNormGroup]:
