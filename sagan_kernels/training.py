@@ -22,6 +22,7 @@ from sagan_kernels.features import fingerprint, weights_sha256
 from sagan_kernels.files import sweep, write_atomically
 from sagan_kernels.models.sagan import Discriminator, Generator
 from sagan_kernels.models.statistics import standing_statistics
+from sagan_kernels.nn import group_spectral_norm, spectral_norms
 from sagan_kernels.recipe import Recipe
 
 try:
@@ -46,6 +47,9 @@ class Run:
             self.ema = Generator(**recipe.generator)
         for network in (self.generator, self.discriminator, self.ema):
             network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        for network in (self.generator, self.discriminator):
+            if spectral_norms(network):
+                group_spectral_norm(network)
         _check_fit(self.generator, self.discriminator, data)
         self.ema.load_state_dict(self.generator.state_dict())
         self.ema.requires_grad_(False).eval()
