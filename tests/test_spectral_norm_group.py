@@ -439,25 +439,47 @@ def test_our_discriminator_and_its_folded_form():
     torch.testing.assert_close(model(x, y), expected, rtol=1e-5, atol=1e-6)
 
 
-def sharded():
+@pytest.fixture
+def process_group():
     import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist
+    dist.destroy_process_group()
+
+
+# the name that every PyTorch supported here knows
+@pytest.mark.filterwarnings("ignore:`broadcast_buffers` is deprecated")
+@each_style
+@pytest.mark.parametrize("broadcast", [False, True])
+def test_distributed_data_parallel_gets_the_same_gradients(style, broadcast, process_group):
+    plain, model = critic(style), critic(style)
+    for network in (plain, model):
+        group_spectral_norm(network, every="step")
+    parallel = nn.parallel.DistributedDataParallel(model, broadcast_buffers=broadcast)
+    arrived = []
+    handles = {"last": model.logit, "first": model.first}
+    for name, layer in handles.items():
+        parameter = layer.weight_orig if style == "hook" else layer.parametrizations.weight.original
+        parameter.register_post_accumulate_grad_hook(lambda _, name=name: arrived.append(name))
+    (real, y), (fake, _) = batch(0), batch(1)
+    for call in (plain, parallel):
+        (call(real, y).sum() - call(fake, y).square().sum()).backward()
+    for mine, other in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, other.grad)
+    assert arrived == ["last", "first"]
+
+
+def test_sharded_parameters_are_refused(process_group):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import distribute_tensor
 
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     model = critic()
     mesh = init_device_mesh("cpu", (1,))
     original = model.first.parametrizations.weight.original
     model.first.parametrizations.weight.original = nn.Parameter(distribute_tensor(original.detach(), mesh))
-    return model
-
-
-def test_sharded_parameters_are_refused():
-    try:
-        with pytest.raises(TypeError, match=r"first\.weight must be a whole tensor, got a sharded one"):
-            group_spectral_norm(sharded())
-    finally:
-        torch.distributed.destroy_process_group()
+    with pytest.raises(TypeError, match=r"first\.weight must be a whole tensor, got a sharded one"):
+        group_spectral_norm(model)
 
 
 def test_bad_input_is_told_in_one_line():

@@ -101,6 +101,11 @@ class _Plan:
         )
         self.dtype, self.iterate = dtypes[0], iterate
         self.device, self.element = weights[0].device, weights[0].dtype
+        if _capturing(self.device):
+            raise RuntimeError(
+                "spectral_normalize: tables of the weights must be there before a CUDA graph is captured, got none for "
+                "these; run the model once first, forward and backward"
+            )
         self.sums = torch.float64 if self.element == torch.float64 else torch.float32
         self.shapes = [(w.shape, w.stride()) for w in weights]
         self.tiling = configs.SPECTRAL_NORM
@@ -108,7 +113,6 @@ class _Plan:
         self.v_total = sum(lies.C for lies in self.layouts)
         self.out_at, self.out_total = _offsets([w.numel() for w in weights], 16)
         self._grad_tables: OrderedDict[Any, Tensor] = OrderedDict()
-        self._captured: list[Tensor] = []
 
         u_at, _ = _offsets([lies.R for lies in self.layouts], 1)
         v_at, _ = _offsets([lies.C for lies in self.layouts], 1)
@@ -140,7 +144,7 @@ class _Plan:
         elements = [[(i, b) for b in range(-(-w.numel() // block))] for i, w in enumerate(weights)]
         self.element_tiles = self._upload([tile for tiles in elements for tile in tiles], torch.int32)
         self.first_element_tile = self._upload(_firsts(elements), torch.int32)
-        if self.device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+        if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()  # other streams may use the tables
 
     def launch(self, store: bool) -> tuple[LaunchedState, list[Tensor]]:
@@ -234,8 +238,14 @@ class _Plan:
         ]
 
     def _grad_table(self, addresses: list[int]) -> Tensor:
-        cuda = self.device.type == "cuda"
-        key = (*addresses, torch.cuda.current_stream(self.device).cuda_stream if cuda else 0)
+        if _capturing(self.device):
+            # a graph may not copy from the host, so each number is part of a launch, which replays as it was recorded
+            table = torch.empty(len(addresses), dtype=torch.int64, device=self.device)
+            for i, address in enumerate(addresses):
+                table[i].fill_(address)
+            return table
+        stream = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
+        key = (*addresses, stream)
         table = _recall(self._grad_tables, key)
         if table is None:
             table = _remember(self._grad_tables, key, self._upload(addresses, torch.int64))
@@ -243,13 +253,13 @@ class _Plan:
 
     def _upload(self, numbers: list[Any], dtype: torch.dtype) -> Tensor:
         table = torch.tensor(numbers, dtype=dtype)
-        if self.device.type != "cuda":
-            return table
-        pinned = table.pin_memory()
-        table = pinned.to(self.device, non_blocking=True)
-        if torch.cuda.is_current_stream_capturing():
-            self._captured += [pinned, table]  # a CUDA graph copies from here at every replay
+        if self.device.type == "cuda":
+            table = table.pin_memory().to(self.device, non_blocking=True)
         return table
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _identity(item: Item) -> Any:
