@@ -255,6 +255,19 @@ def test_checkpointed_forward_does_not_iterate_again():
         torch.testing.assert_close(mine, other)
 
 
+def test_weight_may_be_assigned():
+    layer, value = spectral_norm(nn.Linear(4, 3)), torch.randn(3, 4)
+    layer.weight = value
+    assert torch.equal(layer.parametrizations.weight.original, value)
+
+
+def test_unfolding_draws_no_random_numbers():
+    model = fold_spectral_norm(spectral_norm(nn.Linear(4, 3)), reversible=True)
+    state = torch.get_rng_state()
+    unfold_spectral_norm(model)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_compiles_without_a_break_and_moves_alike():
     layer = spectral_norm(nn.Conv2d(3, 4, 3))
     eager = copy.deepcopy(layer)

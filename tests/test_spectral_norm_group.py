@@ -1,7 +1,9 @@
 """Grouped spectral norm against torch's own layers in whole networks, on every implementation."""
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -311,6 +313,85 @@ def test_activation_checkpoints_do_not_iterate_again(style):
     for mine, other in zip(got, expected, strict=True):
         torch.testing.assert_close(mine, other)
     assert_same(model.state_dict(), plain.state_dict())
+
+
+class Blocks(nn.Module):
+    """Two layers; the second one may be an activation checkpoint within the model."""
+
+    def __init__(self, normalize, reentrant):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = (normalize(nn.Linear(5, 5).double()) for _ in range(2))
+        self.reentrant = reentrant
+
+    def forward(self, x):
+        x = torch.tanh(self.first(x))
+        if self.reentrant is None:
+            return self.second(x)
+        return torch.utils.checkpoint.checkpoint(self.second, x, use_reentrant=self.reentrant)
+
+
+@each_impl
+@pytest.mark.parametrize("reentrant", [True, False])
+@each_style
+def test_checkpointed_parts_give_the_same_gradients(style, reentrant, impl):
+    grads = []
+    for checkpointed in (None, reentrant):
+        model = Blocks(STYLES[style], checkpointed)
+        group_spectral_norm(model, impl=impl)
+        model(torch.ones(3, 5).double()).square().sum().backward()
+        grads.append([parameter.grad for parameter in model.parameters()])
+    for mine, other in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+def test_torch_may_take_a_layer_out_of_the_group():
+    model = critic()
+    group = group_spectral_norm(model)
+    parametrize.remove_parametrizations(model.first, "weight")
+    model(*batch()).sum().backward()
+    assert len(group) == 5
+    hooked = critic("hook")
+    group = group_spectral_norm(hooked)
+    nn.utils.remove_spectral_norm(hooked.first)
+    hooked(*batch()).sum().backward()
+    assert len(group) == 5
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated")
+@pytest.mark.parametrize("style", ["torch", "ours"])  # neither follows the attributes that the older hook sets
+def test_traced_and_exported_models_compute_the_same(style):
+    model = critic(style).eval()
+    group_spectral_norm(model)
+    expected = model(*batch())
+    torch.testing.assert_close(torch.export.export(model, batch()).module()(*batch()), expected)
+    torch.testing.assert_close(torch.jit.trace(model, batch())(*batch()), expected)
+
+
+def test_sparse_gradients_of_embeddings_are_taken():
+    grads = []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(spectral_norm(nn.Embedding(6, 4, sparse=sparse)))
+        group_spectral_norm(model)
+        model(torch.tensor([1, 1, 5])).square().sum().backward()
+        grads.append(model[0].parametrizations.weight.original.grad)
+    torch.testing.assert_close(*grads)
+
+
+def test_nothing_stays_alive():
+    model = critic()
+    group = group_spectral_norm(model)
+    seen = []
+    model.first.register_forward_pre_hook(lambda layer, _: seen.append(weakref.ref(layer.weight)))
+    model(*batch()).sum().backward()
+    model(*batch())
+    gc.collect()
+    assert [reference() for reference in seen] == [None, None]
+    references = [weakref.ref(model), weakref.ref(group)]
+    del model, group
+    gc.collect()
+    assert [reference() for reference in references] == [None, None]
 
 
 def test_shared_parameters_and_modules_get_the_sum_of_gradients():

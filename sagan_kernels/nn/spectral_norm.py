@@ -134,6 +134,10 @@ class SpectralNorm(nn.Module):
             return F.normalize(weight, dim=0, eps=self.eps)
         return self.normalized(weight, self.training and not in_backward())
 
+    def right_inverse(self, value: Tensor) -> Tensor:
+        """What is kept when the weight is assigned: the value itself, as torch does."""
+        return value
+
     def normalized(self, weight: Tensor, iterate: bool) -> Tensor:
         """Weight / σ after power iterations or without any."""
         result = normalize_one(weight, self._u, self._v, self.rule, iterate)
@@ -191,6 +195,13 @@ class Found:
     def hooked(self) -> bool:
         """Whether it is of `torch.nn.utils.spectral_norm`, the older form."""
         return isinstance(self.step, SpectralNormHook)
+
+    @property
+    def attached(self) -> bool:
+        """Whether the layer still has the normalizer: torch's functions may have removed it."""
+        if self.hooked:
+            return f"{self.name}_orig" in self.module._parameters
+        return parametrize.is_parametrized(self.module, self.name)
 
     @property
     def weight(self) -> Tensor:

@@ -99,11 +99,12 @@ def _unfold(module: nn.Module, name: str, settings: _Settings) -> None:
     weight: Tensor = getattr(module, name)
     weight.mul_(divisor)  # type: ignore[arg-type]
     common: dict[str, Any] = {key: getattr(settings, key) for key in ("n_power_iterations", "eps", "dim")}
-    if settings.kind == "own":
-        spectral_norm(module, name, **common, num_svs=settings.num_svs, cap=settings.cap)
-    else:
-        make = hooked_spectral_norm if settings.kind == "hook" else parametrizations.spectral_norm
-        make(module, name, **common)
+    with torch.random.fork_rng():  # the vectors that are drawn are replaced below
+        if settings.kind == "own":
+            spectral_norm(module, name, **common, num_svs=settings.num_svs, cap=settings.cap)
+        else:
+            make = hooked_spectral_norm if settings.kind == "hook" else parametrizations.spectral_norm
+            make(module, name, **common)
     (found,) = (found for found in spectral_norms_of(module) if found.name == name)
     found.u.copy_(u)  # type: ignore[arg-type]
     found.v.copy_(v)  # type: ignore[arg-type]

@@ -21,7 +21,7 @@ from sagan_kernels.nn.spectral_norm import (
     spectral_norms,
 )
 from sagan_kernels.ops.dispatch import Impl
-from sagan_kernels.ops.spectral_norm import normalize_one, spectral_normalize
+from sagan_kernels.ops.spectral_norm import normalize_again, normalize_one, spectral_normalize
 from sagan_kernels.ops.spectral_norm_launch import Plans
 from sagan_kernels.ops.spectral_norm_layout import Rule
 
@@ -165,7 +165,7 @@ class SpectralNormGroup:
             return
         if not torch.compiler.is_compiling():
             _GROUPS.add(self)  # here, so that copies and unpickled groups are among them
-        self._members = [member for member in self._members if isinstance(member.step, Grouped)]
+        self._members = [m for m in self._members if isinstance(m.step, Grouped) and m.attached]
         again = in_backward()
         parts: dict[tuple[bool, bool], list[Found]] = {}
         for member in self._members:
@@ -174,7 +174,8 @@ class SpectralNormGroup:
                 store = _changed(member.step, member.weight)
             parts.setdefault((store or member.transient, store), []).append(member)
         for (iterate, store), members in parts.items():
-            if not iterate and not torch.is_grad_enabled() and members[0].weight.device.type == "cpu":
+            cheap = not torch.is_grad_enabled() and members[0].weight.device.type == "cpu"
+            if not iterate and (cheap or torch._C._is_tracing()):
                 continue  # nothing is shared between layers: each does its own when it is used, as it would alone
             self._normalize(members, iterate, store)
 
@@ -197,7 +198,8 @@ class SpectralNormGroup:
         )
         for member, weight, result in zip(members, weights, results, strict=True):
             if store:
-                _note(member.step, weight)
+                if self.every == "step" or not torch.compiler.is_compiling():
+                    _note(member.step, weight)
                 if isinstance(member.step, SpectralNorm):
                     member.step.iterate_others(weight)
             member.step.__dict__["given"] = result  # nn.Module looks at every attribute it is given
@@ -263,7 +265,9 @@ class _GroupedOwn(Grouped, SpectralNorm):
     def forward(self, weight: Tensor) -> Tensor:
         if (result := take(self, self)) is not None:
             return result
-        if iterate := self.training and not in_backward() and _changed(self, weight):
+        if in_backward():
+            return normalize_again(weight, self._u, self._v, self.rule)
+        if iterate := self.training and _changed(self, weight):
             _note(self, weight)
         return self.normalized(weight, iterate)
 
@@ -300,7 +304,9 @@ def _groupable(model: nn.Module) -> Iterator[Found]:
 
 def _alone(step: Any, weight: Tensor, found: Found, u: Tensor, v: Tensor) -> Tensor:
     """W/σ of one layer, outside a forward of the group's model."""
-    if iterate := found.training and not in_backward() and _changed(step, weight):
+    if in_backward():
+        return normalize_again(weight, u, v, found.rule)
+    if iterate := found.training and _changed(step, weight):
         _note(step, weight)
     return normalize_one(weight, u, v, found.rule, iterate)
 
@@ -313,6 +319,7 @@ def _leave(step: Any) -> None:
             step.__dict__.pop("seen", None)
 
 
+@torch.compiler.disable
 def _note(step: Any, weight: Tensor) -> None:
     step.__dict__["seen"] = _stamp(weight)
 
@@ -324,7 +331,7 @@ def _changed(step: Any, weight: Tensor) -> bool:
 
 def _stamp(weight: Tensor) -> tuple[int, int] | None:
     """What differs once an optimizer has changed the weight; None where that cannot be told."""
-    if torch.compiler.is_compiling() or weight.is_inference() or torch._C._are_functorch_transforms_active():
+    if weight.is_inference() or torch._C._are_functorch_transforms_active():
         return None
     return (weight.data_ptr() if weight.device.type != "meta" else 0), weight._version
 

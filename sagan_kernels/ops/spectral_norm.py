@@ -117,6 +117,16 @@ def normalize_one(weight: Tensor, u: Tensor, v: Tensor, rule: Rule, iterate: boo
     return _Normalized.apply(state, outs, weight)[0] if keep else outs[0]
 
 
+def normalize_again(weight: Tensor, u: Tensor, v: Tensor, rule: Rule) -> Tensor:
+    """W/σ with u and v as they are, for a forward that an activation checkpoint repeats in the backward pass.
+
+    Saves no tensor where the checkpoint would count it: in the forward before, W/σ came from outside.
+    """
+    with torch.no_grad():
+        out = _by_formula(weight, u, v, rule, weight.dtype)
+    return _Again.apply(weight, out, u.clone(), v.clone(), rule) if torch.is_grad_enabled() else out
+
+
 def power_iteration(weight: Tensor, u: Tensor, v: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
     """New u (R,) and v (C,) of `weight` after the rule's power iterations, by PyTorch's operators."""
     with torch.no_grad(), _without_autocast(weight):
@@ -233,26 +243,42 @@ class _Normalized(torch.autograd.Function):
         saved = ctx.saved_tensors  # once: activation checkpoints allow no second time
         weights, outs = saved[:count], saved[count:]
         wanted = [
-            grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad[2:], strict=True)
+            _dense(grad) if needed and grad is not None else None
+            for grad, needed in zip(grads, ctx.needs_input_grad[2:], strict=True)
         ]
         if not torch.is_grad_enabled():
             return None, None, *ctx.state.gradients(wanted, weights, outs)
-        terms = zip(
-            wanted, weights, ctx.state.us, ctx.state.vs, ctx.state.layouts, ctx.state.rules, strict=True
-        )
-        return (
-            None,
-            None,
-            *(grad if grad is None else _gradient_formula(grad, *rest) for grad, *rest in terms),
-        )
+        state = ctx.state
+        vs = [to_stored_order(v, lies) for v, lies in zip(state.vs, state.layouts, strict=True)]
+        terms = zip(wanted, weights, state.us, vs, state.rules, strict=True)
+        found = [None if grad is None else _gradient_formula(grad, *rest) for grad, *rest in terms]
+        return None, None, *found
 
 
-def _gradient_formula(grad: Tensor, weight: Tensor, u: Tensor, v: Tensor, lies: Layout, rule: Rule) -> Tensor:
+class _Again(torch.autograd.Function):
+    """W/σ that is there already, as `_Normalized`, without saved tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, out: Tensor, u: Tensor, v: Tensor, rule: Rule) -> Tensor:
+        ctx.inputs = weight, u, v, rule
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _gradient_formula(_dense(grad), *ctx.inputs), None, None, None, None
+
+
+def _dense(grad: Tensor) -> Tensor:
+    """Embeddings may give sparse gradients; that of W is not."""
+    return grad.to_dense() if grad.is_sparse else grad
+
+
+def _gradient_formula(grad: Tensor, weight: Tensor, u: Tensor, v: Tensor, rule: Rule) -> Tensor:
     """The backward in differentiable operators."""
     with _without_autocast(weight):
         matrix = _in_sums(as_matrix(weight, rule.dim))
         grad_matrix = as_matrix(grad, rule.dim).to(matrix.dtype)
-        u, v = u.to(matrix.dtype), to_stored_order(v, lies).to(matrix.dtype)
+        u, v = u.to(matrix.dtype), v.to(matrix.dtype)
         sigma = torch.dot(u, torch.mv(matrix, v))
         divides = (sigma >= 1) if rule.cap else (sigma != 0)
         divided_by = torch.where(divides, sigma, 1)
@@ -291,7 +317,9 @@ def _choose(weight: Tensor, impl: Impl | None) -> Impl:
 
 def _traced() -> bool:
     """Whether tensors stand for others, so that only PyTorch's own operators will do."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return (
+        torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or torch._C._is_tracing()
+    )
 
 
 def _layout(weight: Tensor, u: Tensor, v: Tensor, rule: Rule) -> Layout | None:
