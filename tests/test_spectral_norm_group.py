@@ -358,7 +358,7 @@ def test_torch_may_take_a_layer_out_of_the_group():
     assert len(group) == 5
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated")
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace")
 @pytest.mark.parametrize("style", ["torch", "ours"])  # neither follows the attributes that the older hook sets
 def test_traced_and_exported_models_compute_the_same(style):
     model = critic(style).eval()
