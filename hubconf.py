@@ -19,10 +19,16 @@ def _entrypoint(name: str) -> _Callable[..., _nn.Module]:
         pretrained: bool = True,
         part: str = "generator",
         progress: bool = True,
+        revision: str | None = None,
         map_location: str = "cpu",
         **overrides: _Any,
     ) -> _nn.Module:
         del progress  # the weights lie in the checkout: nothing is fetched
+        if revision is not None:
+            raise ValueError(
+                f"{name}: revision must be None, since the weights come with the code, got {revision!r}; "
+                f"name it with the repository: torch.hub.load('owner/repository:{revision}', {name!r})"
+            )
         model = _create_model(name, pretrained=pretrained, part=part, **overrides)
         return model.to(map_location)
 
@@ -33,6 +39,7 @@ def _entrypoint(name: str) -> _Callable[..., _nn.Module]:
         pretrained: with its trained weights, in eval mode.
         part: "generator" or "discriminator".
         progress: taken for the convention's sake; nothing is fetched.
+        revision: None. The weights are those of the code's own revision, which torch.hub takes with the repository.
         map_location: device of the network.
         overrides: keyword arguments of the network that replace the entry's.
     """

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import sagan_kernels
-from sagan_kernels import evaluation, hub, sampling, zoo
+from sagan_kernels import doctor, evaluation, hub, sampling, zoo
 from sagan_kernels.conversion import convert_checkpoint
 from sagan_kernels.data import load_images
 from sagan_kernels.evaluation import Scorer
@@ -354,6 +354,14 @@ def convert(
     click.echo(f"{', '.join(conversion.state_dicts)} of {conversion.source}, for {conversion.target}:")
     for file in files:
         click.echo(f"  {file}")
+
+
+@cli.command(name="doctor", epilog="\b\nsagan doctor\nsagan doctor --json")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def doctor_command(as_json: bool) -> None:
+    """Say what this machine has, what runs on it and why: paste it into an issue."""
+    found = doctor.report()
+    click.echo(json.dumps(found, indent=2) if as_json else doctor.text(found))
 
 
 def parse_seeds(text: str) -> list[int]:

@@ -194,6 +194,13 @@ def _check_relative(what: str, path: str | None) -> None:
         )
 
 
+def cache_folder() -> str:
+    """Where the Hub's client keeps what it has fetched."""
+    from huggingface_hub import constants
+
+    return constants.HF_HUB_CACHE
+
+
 def _client(token: str | bool | None):  # type: ignore[no-untyped-def]  # HfApi, imported when it is needed
     from huggingface_hub import HfApi
 

@@ -29,6 +29,11 @@ try:
     refusal = None
 except ValueError as error:
     refusal = str(error)
+try:
+    load("sagan_32_tiny", revision="v1")
+    other = None
+except ValueError as error:
+    other = str(error)
 z = torch.arange(5.0).div(5)[None]
 print(json.dumps({
     "from": sagan_kernels.__file__,
@@ -37,6 +42,7 @@ print(json.dumps({
     "discriminator": type(load("sagan_32_tiny", part="discriminator", map_location="meta")).__name__,
     "fresh": load("sagan_32_raw", pretrained=False, num_classes=4).num_classes,
     "refusal": refusal,
+    "other revision": other,
     "list": hub.list(cached, skip_validation=True, trust_repo=True, verbose=False),
     "help": hub.help(cached, "sagan_32_raw", skip_validation=True, trust_repo=True),
     "unwanted": sorted({"triton", "timm", "torchvision", "click", "PIL"} & set(sys.modules)),
@@ -90,3 +96,8 @@ def test_parts_overrides_and_missing_weights(answer):
 def test_a_function_an_entry_and_nothing_else_is_public(answer):
     assert answer["list"] == ["sagan_32_raw", "sagan_32_tiny"]
     assert "pretrained: with its trained weights" in answer["help"]
+
+
+def test_a_revision_is_chosen_with_the_repository(answer):
+    assert "revision must be None" in answer["other revision"]
+    assert "torch.hub.load('owner/repository:v1', 'sagan_32_tiny')" in answer["other revision"]

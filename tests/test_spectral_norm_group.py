@@ -359,7 +359,9 @@ def test_torch_may_take_a_layer_out_of_the_group():
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace")
-@pytest.mark.parametrize("style", ["torch", "ours"])  # neither follows the attributes that the older hook sets
+@pytest.mark.parametrize(
+    "style", ["torch", "ours"]
+)  # neither follows the attributes that the older hook sets
 def test_traced_and_exported_models_compute_the_same(style):
     model = critic(style).eval()
     group_spectral_norm(model)

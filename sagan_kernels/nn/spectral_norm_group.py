@@ -110,19 +110,21 @@ class SpectralNormGroup:
         self.impl = impl
         self._model = model
         self._plans = Plans()
-        self._members = [*_groupable(model), *further]
+        own = list(_groupable(model))
+        self._members = [*own, *further]
         if not self._members:
             raise ValueError(
                 f"group_spectral_norm: the model must have spectral-normed layers, got none in {type(model).__name__}; "
                 "add them with sagan_kernels.nn.spectral_norm"
             )
         _refuse_sharded(model, self._members)
-        for member in self._members:
+        for member in own:
             if isinstance(member.step, Grouped):
                 raise ValueError(
                     f"group_spectral_norm: layers must be in one group, got {member.path} in another; "
                     "call ungroup_spectral_norm first"
                 )
+        for member in self._members:
             _check_sizes(member, member.weight, member.u, member.v, member.rule)
         for member in self._members:
             member.step.__class__ = _GROUPED.get(type(member.step), type(member.step))
@@ -319,14 +321,20 @@ def _leave(step: Any) -> None:
             step.__dict__.pop("seen", None)
 
 
-@torch.compiler.disable
 def _note(step: Any, weight: Tensor) -> None:
+    _leave_the_graph()
     step.__dict__["seen"] = _stamp(weight)
 
 
-@torch.compiler.disable
 def _changed(step: Any, weight: Tensor) -> bool:
+    _leave_the_graph()
     return step.seen is None or step.seen != _stamp(weight)
+
+
+def _leave_the_graph() -> None:
+    """Version counters are not known inside `torch.compile`."""
+    if torch.compiler.is_compiling():
+        torch._dynamo.graph_break()
 
 
 def _stamp(weight: Tensor) -> tuple[int, int] | None:
