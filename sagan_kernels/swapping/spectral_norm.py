@@ -1,0 +1,271 @@
+"""Hosts' own spectral norms: which there are, and subclasses without their bugs.
+
+A host's σ, its epsilons and the matrix it takes are kept as they are: they are part of the network. Two things are bugs
+and are not kept: vectors that move in eval mode, where a forward is to change nothing, and gradients of an earlier
+forward computed with the vectors of a later one. In training mode, with each forward followed by its backward, the
+numbers are the host's; in eval mode they are those of the host's first forward.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils.spectral_norm import SpectralNorm
+
+from sagan_kernels.swapping.check import TOLERANCE, NotComparable, float64_copy, safe_copy
+from sagan_kernels.swapping.report import Row
+from sagan_kernels.swapping.subclass import Swapped, swap_class, unswap_class
+from sagan_kernels.swapping.variants import WEIGHT_METHODS
+
+
+@dataclass(frozen=True)
+class WrapperForm:
+    """Where a wrapper around a module keeps its tensors: W, u and v, as paths from the wrapper. Data only.
+
+    `{name}` is the wrapper's attribute `name`, the name of the weight.
+    """
+
+    name: str
+    weight: str
+    u: str
+    v: str
+
+
+WRAPPERS = (
+    WrapperForm("wrapper", "module.{name}_bar", "module.{name}_u", "module.{name}_v"),
+    WrapperForm("torchgan's wrapper", "w_bar", "u", "v"),
+)
+
+EVAL_BUG = "u moved in eval mode; it no longer does"
+WRAPPER_BUGS = "u and v moved in eval mode, and two forwards before a backward gave wrong gradients; neither is so now"
+
+
+class FixedWrapper(Swapped):
+    """Mixed into a host's wrapper in front of it: σ from vectors of this very forward, stored in training mode only.
+
+    Gradients: of every order, through W/σ; u and v are constants.
+    """
+
+    __slots__ = ()
+    form: ClassVar[WrapperForm]
+    module: nn.Module
+    name: str
+    power_iterations: int
+    training: bool
+
+    def forward(self, *args: Any) -> Any:
+        module, name = self.module, self.name
+        weight = self.W_()
+        setattr(module, name, weight)
+        try:
+            return module.forward(*args)
+        finally:
+            setattr(module, name, weight.detach())  # a result of the graph left here would forbid deep copies
+
+    def W_(self) -> Tensor:
+        """The normalized weight: the method by which BigGAN-PyTorch's layers give theirs."""
+        weight, u, v = (_tensor(self, path) for path in (self.form.weight, self.form.u, self.form.v))
+        matrix = weight.flatten(1)
+        with torch.no_grad():
+            new_u, new_v = u, v
+            for _ in range(self.power_iterations):
+                new_v = _unit(matrix.mT @ new_u)
+                new_u = _unit(matrix @ new_v)
+            if self.training:
+                u.copy_(new_u)
+                v.copy_(new_v)
+        return weight / (new_u.dot(matrix.mv(new_v))).expand_as(weight)
+
+
+class FixedHook(Swapped):
+    """Mixed into the class of a host's forward pre-hook in front of it: u is stored in training mode only."""
+
+    __slots__ = ()
+    name: str
+    compute_weight: Callable[[nn.Module], tuple[Tensor, Tensor]]
+
+    def __call__(self, module: nn.Module, inputs: Any) -> None:
+        weight, u = self.compute_weight(module)
+        setattr(module, self.name, weight)
+        if module.training:
+            setattr(module, f"{self.name}_u", u)
+
+
+def swap_spectral_norm(model: nn.Module, *, verify: bool, faithful: bool) -> Iterator[Row]:
+    """Recognize every spectral norm of `model`, and fix those that have bugs unless `faithful`."""
+    for path, part in list(model.named_modules()):
+        if isinstance(part, torch.jit.ScriptModule):
+            continue
+        row = partial(Row, path, type(part).__name__, "spectral norm")
+        form = _wrapper_form(part)
+        hook = _own_hook(part)
+        if isinstance(part, FixedWrapper) or isinstance(hook, FixedHook):
+            yield row(form.name if form else "hook", "already swapped")
+        elif form is not None:
+            yield row(form.name, *_fix_wrapper(part, form, verify, faithful))
+        elif hook is not None:
+            yield row("hook of its own", *_fix_hook(part, hook, verify, faithful))
+        elif (name := _right_style(part)) is not None:
+            yield row(name, "kept")
+
+
+def unswap_spectral_norm(part: nn.Module) -> None:
+    """Undo `swap_spectral_norm` for one module."""
+    unswap_class(part)
+    for hook in part._forward_pre_hooks.values():
+        unswap_class(hook)
+
+
+def _fix_wrapper(part: nn.Module, form: WrapperForm, verify: bool, faithful: bool) -> tuple[Any, ...]:
+    """Status, reason and error."""
+    if faithful:
+        return "kept", f"faithful: {WRAPPER_BUGS.partition(';')[0]}"
+    swap = partial(swap_class, mixin=FixedWrapper, form=form)
+    error = None
+    if verify:
+        try:
+            error = _difference(part, swap, form)
+        except NotComparable as refusal:
+            return "refused", str(refusal)
+        if not error <= TOLERANCE:
+            return "refused", f"numbers differ by {error:.0e}", error
+    swap(part)
+    return "swapped", WRAPPER_BUGS, error
+
+
+def _fix_hook(part: nn.Module, hook: Any, verify: bool, faithful: bool) -> tuple[Any, ...]:
+    if faithful:
+        return "kept", f"faithful: {EVAL_BUG.partition(';')[0]}"
+    if verify and not _is_plain_hook(hook):
+        return "refused", "its hook does more than to store what compute_weight gives"
+    swap_class(hook, FixedHook, None)
+    return "swapped", EVAL_BUG, None
+
+
+def _is_plain_hook(hook: Any) -> bool:
+    """Whether the hook, on a small layer, leaves what `FixedHook` leaves in training mode."""
+    results = []
+    for fixed in (False, True):
+        layer = nn.Linear(3, 2, dtype=torch.float64, device="cpu")
+        generator = torch.Generator().manual_seed(0)
+        weight = torch.randn(2, 3, dtype=torch.float64, generator=generator)
+        u = torch.randn(2, dtype=torch.float64, generator=generator)
+        name = hook.name
+        layer.register_parameter(f"{name}_orig", nn.Parameter(weight))
+        layer.register_buffer(f"{name}_u", u)
+        layer._parameters.pop(name, None)
+        try:
+            twin = type(hook).__new__(type(hook))
+            twin.__dict__.update(hook.__dict__)
+            if fixed:
+                swap_class(twin, FixedHook, None)
+            twin(layer, ())
+            results.append((getattr(layer, name), getattr(layer, f"{name}_u")))
+        except Exception:
+            return False
+    return all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def _difference(part: nn.Module, swap: Any, form: WrapperForm) -> float:
+    """The largest difference of a fixed wrapper to its host where the host is right.
+
+    That is one forward and backward in training mode with the vectors after it, and one forward in eval mode.
+    """
+    host = float64_copy(part)
+    largest = 0.0
+    for training in (True, False):
+        found = []
+        for fixed in (False, True):
+            twin = safe_copy(host).train(training)
+            if fixed:
+                swap(twin)
+            weight = _tensor(twin, form.weight)
+            x = _input_of(twin.module)
+            try:
+                with torch.enable_grad(), torch.autocast("cpu", enabled=False):
+                    y = twin(x)
+                    loss = (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum()
+                    grad = torch.autograd.grad(loss, weight)[0]
+            except Exception as error:
+                told = " ".join(str(error).split())[:120]
+                raise NotComparable(f"it does not run on a {tuple(x.shape)} input ({told})") from error
+            state = [_tensor(twin, path).detach() for path in (form.u, form.v)] if training else []
+            found.append([y.detach(), grad, *state])
+        for theirs, ours in zip(*found, strict=True):
+            error = float((theirs - ours).abs().max() / theirs.abs().max().clamp(min=1))
+            largest = max(largest, error) if error == error else float("inf")
+    return largest
+
+
+def _input_of(module: nn.Module) -> Tensor:
+    """A random input for the module that is wrapped."""
+    generator = torch.Generator().manual_seed(2)
+    if isinstance(module, nn.Linear):
+        shape = (3, module.in_features)
+    elif isinstance(module, nn.Embedding):
+        return torch.arange(min(3, module.num_embeddings))
+    elif isinstance(module, nn.modules.conv._ConvNd):
+        sides = tuple(k * d + 1 for k, d in zip(module.kernel_size, module.dilation, strict=True))
+        shape = (2, module.in_channels, *sides)
+    else:
+        raise NotComparable(f"what it wraps, a {type(module).__name__}, is not a convolution, a linear layer or an embedding")
+    return torch.randn(shape, dtype=torch.float64, generator=generator)
+
+
+def _wrapper_form(part: nn.Module) -> WrapperForm | None:
+    if not isinstance(getattr(part, "module", None), nn.Module) or not isinstance(getattr(part, "name", None), str):
+        return None
+    if not isinstance(getattr(part, "power_iterations", None), int):
+        return None
+    for form in WRAPPERS:
+        try:
+            tensors = [_tensor(part, path) for path in (form.weight, form.u, form.v)]
+        except AttributeError:
+            continue
+        if all(isinstance(t, nn.Parameter) for t in tensors):
+            return form
+    return None
+
+
+def _own_hook(part: nn.Module) -> Any:
+    """A host's own forward pre-hook that normalizes by a vector u and keeps no v."""
+    for hook in part._forward_pre_hooks.values():
+        name = getattr(hook, "name", None)
+        if (
+            not type(hook).__module__.startswith("torch.")
+            and isinstance(name, str)
+            and hasattr(type(hook), "compute_weight")
+            and all(hasattr(part, f"{name}_{end}") for end in ("orig", "u"))
+            and not hasattr(part, f"{name}_v")
+        ):
+            return hook
+    return None
+
+
+def _right_style(part: nn.Module) -> str | None:
+    """The name of a spectral norm without bugs."""
+    if parametrize.is_parametrized(part):
+        steps = [step for found in part.parametrizations.values() for step in found]  # type: ignore[operator, union-attr]
+        return "torch's parametrization" if any(isinstance(s, parametrizations._SpectralNorm) for s in steps) else None
+    for hook in part._forward_pre_hooks.values():
+        if isinstance(hook, SpectralNorm):
+            return "torch's hook"
+    for method in WEIGHT_METHODS:
+        if hasattr(type(part), method) and not isinstance(part, FixedWrapper):
+            return f"method {method} of its own"
+    return None
+
+
+def _tensor(part: Any, path: str) -> Tensor:
+    found: Any = part
+    for name in path.format(name=part.name).split("."):
+        found = getattr(found, name)
+    return found
+
+
+def _unit(vector: Tensor) -> Tensor:
+    return vector / (vector.norm() + 1e-12)
