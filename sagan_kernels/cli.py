@@ -22,6 +22,7 @@ from sagan_kernels.models import Generator
 from sagan_kernels.one_line_errors import OneLineErrors, usage
 from sagan_kernels.ops import choose
 from sagan_kernels.recipe import load_recipe
+from sagan_kernels.swap_command import swap
 
 MAX_SEEDS = 1_000_000
 SPLITS: tuple[Literal["train", "test"], ...] = ("train", "test")
@@ -354,6 +355,9 @@ def convert(
     click.echo(f"{', '.join(conversion.state_dicts)} of {conversion.source}, for {conversion.target}:")
     for file in files:
         click.echo(f"  {file}")
+
+
+cli.add_command(swap)
 
 
 def parse_seeds(text: str) -> list[int]:

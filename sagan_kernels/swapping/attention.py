@@ -1,5 +1,6 @@
 """The forward that a swapped attention layer runs, on the host's own parameters."""
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, ClassVar, cast
@@ -16,27 +17,27 @@ from sagan_kernels.swapping.variants import Variant
 
 
 class SwappedAttention(Swapped):
-    """Mixed into a host's class in front of it; `form` is the host's `Variant`.
+    """Mixed into a host's class in front of it; `swapped_form` is the host's `Variant`.
 
     Inputs that are not (B, C, H, W), arguments whose meaning is not known, and a host asked for its map go to the
     host's own forward.
     """
 
     __slots__ = ()
-    form: ClassVar[Variant]
+    swapped_form: ClassVar[Variant]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         layer = cast(nn.Module, self)
-        variant = self.form
-        rest = len(args) > 1 or len(kwargs) > (not args)
-        x = args[0] if args else kwargs.get(first_argument(self.host_class))
+        variant = self.swapped_form
+        x = args[0] if args else kwargs.get(_first_argument(self.swapped_host))
+        rest = len(args) + len(kwargs) > 1
         if (
             not isinstance(x, Tensor)
             or x.ndim != 4
             or (rest and not variant.ignores_rest)
             or (variant.map_flag is not None and getattr(self, variant.map_flag, False))
         ):
-            return self.host_class.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
+            return self.swapped_host.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
         if variant.returns_map:
             return _with_map(layer, variant, x)
         y = _fused(layer, variant, x)
@@ -98,18 +99,14 @@ for _name in ("__radd__", "__rsub__", "__rmul__", "__rmatmul__", "__neg__", "__a
     setattr(AttentionMap, _name, _operator(_name))
 
 
-def first_argument(host: type) -> str | None:
-    """The name of the first argument of the host's forward."""
-    parameters = list(inspect.signature(host.forward).parameters)  # type: ignore[attr-defined]
-    return parameters[1] if len(parameters) > 1 else None
-
-
 def _fused(layer: nn.Module, variant: Variant, x: Tensor) -> Tensor | None:
     """The whole layer from its weights; None where a projection must be called."""
     if variant.gamma is None or variant.after is not None:
         return None
     paths = [variant.query, variant.key, variant.value, *([] if variant.out is None else [variant.out])]
-    if not all(has_weight(layer, path) for path in paths):  # asked first: computing a weight may change its layer
+    if not all(
+        has_weight(layer, path) for path in paths
+    ):  # asked first: computing a weight may change its layer
         return None
     weights = [weight_and_bias(layer, path) for path in paths]
     (query, query_bias), (key, key_bias), (value, value_bias) = weights[:3]
@@ -147,10 +144,21 @@ def _with_map(layer: nn.Module, variant: Variant, x: Tensor) -> tuple[Tensor, Te
     y, query, key = _composed(layer, variant, x)
     found = AttentionMap(query, key)
     # nn.DataParallel gathers tensors only, and a traced program returns them only
-    if hasattr(layer, "_is_replica") or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if (
+        hasattr(layer, "_is_replica")
+        or torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+    ):
         return y, found.tensor()
     return y, found
 
 
 def _scale(layer: nn.Module, variant: Variant) -> float:
     return getattr(layer, variant.scale) if isinstance(variant.scale, str) else variant.scale
+
+
+@functools.cache
+def _first_argument(host: type) -> str:
+    """The name of the first argument of the host's forward; empty if it has none of its own."""
+    parameters = list(inspect.signature(host.forward).parameters)  # type: ignore[attr-defined]
+    return parameters[1] if len(parameters) > 1 else ""

@@ -47,11 +47,13 @@ def float64_copy(module: nn.Module) -> Any:
         NotComparable: the module has no values, or cannot be copied.
     """
     if any(t.is_meta for t in itertools.chain(module.parameters(), module.buffers())):
-        raise NotComparable("its tensors are on the meta device; load its weights first, or pass verify=False")
+        raise NotComparable(
+            "its tensors are on the meta device; load its weights first, or pass verify=False"
+        )
     try:
         twin = safe_copy(module).to(device="cpu", dtype=torch.float64)
     except Exception as error:
-        raise NotComparable(f"it cannot be copied ({_told(error)})") from error
+        raise NotComparable(f"it cannot be copied ({told(error)})") from error
     for part in twin.modules():
         for hooks in (part._forward_hooks, part._backward_hooks, part._backward_pre_hooks):
             hooks.clear()
@@ -91,7 +93,10 @@ class Recording:
             batches = []
             for batch in (2, 3):
                 x = _input(batch, width, self.size)
-                parts = {what: [t.detach() for t in tensors] for what, tensors in _run(host, x)}
+                try:
+                    parts = {what: [t.detach() for t in tensors] for what, tensors in _run(host, x)}
+                except Exception as error:
+                    raise NotComparable(f"it cannot be compared ({told(error)})") from error
                 for what, tensors in parts.items():
                     if not all(t.isfinite().all() for t in tensors):
                         raise NotComparable(f"its {what} is not finite")
@@ -99,24 +104,24 @@ class Recording:
             self.steps.append((training, batches))
         self.returns_map = len(self.steps[0][1][0][1]["output"]) == 2
 
-    def difference(self, swap: Callable[[nn.Module], None]) -> float:
+    def difference_to(self, swap: Callable[[nn.Module], None]) -> float:
         """The largest difference to a copy of the layer that `swap` has swapped.
 
-        Relative where elements are over 1; infinity where a shape or kind differs. Ends at the first that is over
-        `TOLERANCE`.
-
-        Raises:
-            NotComparable: the swapped layer does not run.
+        Relative where elements are over 1; infinity where a shape differs, or the swapped layer does not run.
+        Ends at the first that is over `TOLERANCE`.
         """
         largest = 0.0
         for training, batches in self.steps:
             swapped = safe_copy(self.layer).train(training)
             swap(swapped)
-            for x, theirs in batches:
-                for what, ours in _run(swapped, x):
-                    largest = max(largest, _difference(theirs[what], ours))
-                    if not largest <= TOLERANCE:
-                        return largest
+            try:
+                for x, theirs in batches:
+                    for what, ours in _run(swapped, x):
+                        largest = max(largest, difference(theirs[what], ours))
+                        if not largest <= TOLERANCE:
+                            return largest
+            except (RuntimeError, TypeError, ValueError):  # a form that the layer's tensors do not fit
+                return float("inf")
         return largest
 
 
@@ -131,6 +136,23 @@ def returns_map(layer: nn.Module, width: int) -> bool:
     return len(_tensors(host(_input(2, width, _accepted_size(host, width)).to(like)))) == 2
 
 
+def difference(theirs: list[Tensor], ours: list[Tensor]) -> float:
+    """The largest |theirs - ours|, relative where theirs is over 1; infinity where a shape differs, or for NaN."""
+    if [t.shape for t in theirs] != [t.shape for t in ours]:
+        return float("inf")
+    largest = 0.0
+    for a, b in zip(theirs, ours, strict=True):
+        if a.numel():
+            error = ((a - b.detach()).abs().max() / a.abs().max().clamp(min=1)).item()
+            largest = max(largest, error if error == error else float("inf"))
+    return largest
+
+
+def told(error: Exception | None) -> str:
+    """An error of a host on one line, not too long."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+
+
 def _accepted_size(host: nn.Module, width: int) -> tuple[int, int]:
     refused: Exception | None = None
     for size in SIZES:
@@ -141,17 +163,14 @@ def _accepted_size(host: nn.Module, width: int) -> tuple[int, int]:
             refused = error
         else:
             return size
-    raise NotComparable(f"it does not run on a {(2, width, *SIZES[-1])} input ({_told(refused)})")
+    raise NotComparable(f"it does not run on a {(2, width, *SIZES[-1])} input ({told(refused)})")
 
 
 def _run(layer: nn.Module, x: Tensor) -> Iterator[tuple[str, list[Tensor]]]:
     """What a step through the layer gives, part by part, each computed when it is asked for."""
     with torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False), torch.enable_grad():
         x = x.clone().requires_grad_()
-        try:
-            outputs = _tensors(layer(x))
-        except Exception as error:
-            raise NotComparable(f"it does not run on a {tuple(x.shape)} input ({_told(error)})") from error
+        outputs = _tensors(layer(x))
         yield "output", outputs
         loss = sum((t * torch.linspace(-1, 1, t.numel(), dtype=t.dtype).view_as(t)).sum() for t in outputs)
         wanted = [x, *(p for p in layer.parameters() if p.requires_grad)]
@@ -166,17 +185,6 @@ def _tensors(result: Any) -> list[Tensor]:
     return [p if isinstance(p, Tensor) else p.tensor() for p in parts]
 
 
-def _difference(theirs: list[Tensor], ours: list[Tensor]) -> float:
-    if [t.shape for t in theirs] != [t.shape for t in ours]:
-        return float("inf")
-    pairs = [(t, o.detach()) for t, o in zip(theirs, ours, strict=True) if t.numel()]
-    return max((((t - o).abs().max() / t.abs().max().clamp(min=1)).item() for t, o in pairs), default=0.0)
-
-
 def _input(batch: int, width: int, size: tuple[int, int]) -> Tensor:
     generator = torch.Generator().manual_seed(batch)
     return torch.randn(batch, width, *size, dtype=torch.float64, generator=generator, device="cpu")
-
-
-def _told(error: Exception | None) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from sagan_kernels.ops.attention import Positions
 from sagan_kernels.swapping.projections import is_pointwise
 from sagan_kernels.swapping.variants import NOT_OURS, VARIANTS, Variant
 
@@ -43,18 +44,20 @@ def possible_forms(layer: nn.Module) -> Iterator[Variant]:
     if not 3 <= len(found) <= 4 or len(gains) > 1:
         return
     gamma = gains[0] if gains else None
+    normalizations: tuple[Positions, ...] = ("keys", "queries")
     for outs in [None] if len(found) == 3 else found:
         inner = [p for p in found if p is not outs]
         for query, key, value in itertools.permutations(inner):
             C = query.width_in
-            closes = (
-                value.width == C if outs is None else (outs.width_in, outs.width) == (value.width, C)
-            )
+            closes = value.width == C if outs is None else (outs.width_in, outs.width) == (value.width, C)
             if {key.width_in, value.width_in} != {C} or query.width != key.width or not closes:
                 continue
             names = f"query={query.name}, key={key.name}, value={value.name}"
             for normalize, pool, scale, returns_map in itertools.product(
-                ("keys", "queries"), (False, True), dict.fromkeys((1.0, query.width**-0.5, C**-0.5)), (False, True)
+                normalizations,
+                (False, True),
+                dict.fromkeys((1.0, query.width**-0.5, C**-0.5)),
+                (False, True),
             ):
                 told = [names, *(["pooled"] if pool else []), *(["scaled"] if scale != 1 else [])]
                 told += ["over queries"] if normalize == "queries" else []

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 Status = Literal["swapped", "already swapped", "kept", "not ours", "unknown", "refused"]
-"""kept: recognized, and right as it is. not ours: recognized as something else. refused: recognized, yet not swapped."""
+"""kept: right as it is. not ours: attention of another kind. refused: recognized, yet not swapped."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm
 
-from sagan_kernels.swapping.check import TOLERANCE, NotComparable, float64_copy, safe_copy
+from sagan_kernels.swapping.check import TOLERANCE, NotComparable, difference, float64_copy, safe_copy, told
 from sagan_kernels.swapping.report import Row
 from sagan_kernels.swapping.subclass import Swapped, swap_class, unswap_class
 from sagan_kernels.swapping.variants import WEIGHT_METHODS
@@ -41,7 +41,9 @@ WRAPPERS = (
 )
 
 EVAL_BUG = "u moved in eval mode; it no longer does"
-WRAPPER_BUGS = "u and v moved in eval mode, and two forwards before a backward gave wrong gradients; neither is so now"
+WRAPPER_BUGS = (
+    "u and v moved in eval mode, and two forwards before a backward gave wrong gradients; neither is so now"
+)
 
 
 class FixedWrapper(Swapped):
@@ -51,7 +53,7 @@ class FixedWrapper(Swapped):
     """
 
     __slots__ = ()
-    form: ClassVar[WrapperForm]
+    swapped_form: ClassVar[WrapperForm]
     module: nn.Module
     name: str
     power_iterations: int
@@ -68,7 +70,8 @@ class FixedWrapper(Swapped):
 
     def W_(self) -> Tensor:
         """The normalized weight: the method by which BigGAN-PyTorch's layers give theirs."""
-        weight, u, v = (_tensor(self, path) for path in (self.form.weight, self.form.u, self.form.v))
+        form = self.swapped_form
+        weight, u, v = (_tensor(self, path) for path in (form.weight, form.u, form.v))
         matrix = weight.flatten(1)
         with torch.no_grad():
             new_u, new_v = u, v
@@ -124,100 +127,96 @@ def _fix_wrapper(part: nn.Module, form: WrapperForm, verify: bool, faithful: boo
     """Status, reason and error."""
     if faithful:
         return "kept", f"faithful: {WRAPPER_BUGS.partition(';')[0]}"
-    swap = partial(swap_class, mixin=FixedWrapper, form=form)
     error = None
     if verify:
         try:
-            error = _difference(part, swap, form)
+            error = _wrapper_difference(part, form)
         except NotComparable as refusal:
             return "refused", str(refusal)
         if not error <= TOLERANCE:
             return "refused", f"numbers differ by {error:.0e}", error
-    swap(part)
+    swap_class(part, FixedWrapper, form)
     return "swapped", WRAPPER_BUGS, error
 
 
 def _fix_hook(part: nn.Module, hook: Any, verify: bool, faithful: bool) -> tuple[Any, ...]:
+    """Status, reason and error."""
     if faithful:
         return "kept", f"faithful: {EVAL_BUG.partition(';')[0]}"
-    if verify and not _is_plain_hook(hook):
-        return "refused", "its hook does more than to store what compute_weight gives"
-    swap_class(hook, FixedHook, None)
-    return "swapped", EVAL_BUG, None
-
-
-def _is_plain_hook(hook: Any) -> bool:
-    """Whether the hook, on a small layer, leaves what `FixedHook` leaves in training mode."""
-    results = []
-    for fixed in (False, True):
-        layer = nn.Linear(3, 2, dtype=torch.float64, device="cpu")
-        generator = torch.Generator().manual_seed(0)
-        weight = torch.randn(2, 3, dtype=torch.float64, generator=generator)
-        u = torch.randn(2, dtype=torch.float64, generator=generator)
-        name = hook.name
-        layer.register_parameter(f"{name}_orig", nn.Parameter(weight))
-        layer.register_buffer(f"{name}_u", u)
-        layer._parameters.pop(name, None)
+    error = None
+    if verify:
         try:
-            twin = type(hook).__new__(type(hook))
-            twin.__dict__.update(hook.__dict__)
-            if fixed:
-                swap_class(twin, FixedHook, None)
-            twin(layer, ())
-            results.append((getattr(layer, name), getattr(layer, f"{name}_u")))
-        except Exception:
-            return False
-    return all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+            error = _hook_difference(part)
+        except NotComparable as refusal:
+            return "refused", str(refusal)
+        if not error <= TOLERANCE:
+            return "refused", f"numbers differ by {error:.0e}", error
+    swap_class(hook, FixedHook, None)
+    return "swapped", EVAL_BUG, error
 
 
-def _difference(part: nn.Module, swap: Any, form: WrapperForm) -> float:
+def _wrapper_difference(part: nn.Module, form: WrapperForm) -> float:
     """The largest difference of a fixed wrapper to its host where the host is right.
 
     That is one forward and backward in training mode with the vectors after it, and one forward in eval mode.
     """
     host = float64_copy(part)
+    x = _input_of(host.module)
     largest = 0.0
     for training in (True, False):
         found = []
         for fixed in (False, True):
             twin = safe_copy(host).train(training)
             if fixed:
-                swap(twin)
-            weight = _tensor(twin, form.weight)
-            x = _input_of(twin.module)
-            try:
-                with torch.enable_grad(), torch.autocast("cpu", enabled=False):
+                swap_class(twin, FixedWrapper, form)
+            with torch.enable_grad(), torch.autocast("cpu", enabled=False):
+                try:
                     y = twin(x)
-                    loss = (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum()
-                    grad = torch.autograd.grad(loss, weight)[0]
-            except Exception as error:
-                told = " ".join(str(error).split())[:120]
-                raise NotComparable(f"it does not run on a {tuple(x.shape)} input ({told})") from error
-            state = [_tensor(twin, path).detach() for path in (form.u, form.v)] if training else []
-            found.append([y.detach(), grad, *state])
-        for theirs, ours in zip(*found, strict=True):
-            error = float((theirs - ours).abs().max() / theirs.abs().max().clamp(min=1))
-            largest = max(largest, error) if error == error else float("inf")
+                except Exception as error:
+                    raise NotComparable(
+                        f"it does not run on a {tuple(x.shape)} input ({told(error)})"
+                    ) from error
+                loss = (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum()
+                (grad,) = torch.autograd.grad(loss, _tensor(twin, form.weight))
+            state = [_tensor(twin, path) for path in (form.u, form.v)] if training else []
+            found.append([t.detach().clone() for t in (y, grad, *state)])
+        largest = max(largest, difference(*found))
     return largest
+
+
+def _hook_difference(part: nn.Module) -> float:
+    """The largest difference in the weight and u that a fixed hook leaves in training mode."""
+    host = float64_copy(part).train()
+    found = []
+    for fixed in (False, True):
+        twin = safe_copy(host)
+        hook = _own_hook(twin)
+        if fixed:
+            swap_class(hook, FixedHook, None)
+        hook(twin, ())
+        found.append([getattr(twin, name).detach() for name in (hook.name, f"{hook.name}_u")])
+    return difference(*found)
 
 
 def _input_of(module: nn.Module) -> Tensor:
     """A random input for the module that is wrapped."""
     generator = torch.Generator().manual_seed(2)
-    if isinstance(module, nn.Linear):
-        shape = (3, module.in_features)
-    elif isinstance(module, nn.Embedding):
+    if isinstance(module, nn.Embedding):
         return torch.arange(min(3, module.num_embeddings))
+    if isinstance(module, nn.Linear):
+        shape: tuple[int, ...] = (3, module.in_features)
     elif isinstance(module, nn.modules.conv._ConvNd):
-        sides = tuple(k * d + 1 for k, d in zip(module.kernel_size, module.dilation, strict=True))
+        sides = (k * d + 1 for k, d in zip(module.kernel_size, module.dilation, strict=True))
         shape = (2, module.in_channels, *sides)
     else:
-        raise NotComparable(f"what it wraps, a {type(module).__name__}, is not a convolution, a linear layer or an embedding")
+        raise NotComparable(f"it wraps a {type(module).__name__}: no convolution, linear layer or embedding")
     return torch.randn(shape, dtype=torch.float64, generator=generator)
 
 
 def _wrapper_form(part: nn.Module) -> WrapperForm | None:
-    if not isinstance(getattr(part, "module", None), nn.Module) or not isinstance(getattr(part, "name", None), str):
+    if not isinstance(getattr(part, "module", None), nn.Module) or not isinstance(
+        getattr(part, "name", None), str
+    ):
         return None
     if not isinstance(getattr(part, "power_iterations", None), int):
         return None
@@ -249,15 +248,14 @@ def _own_hook(part: nn.Module) -> Any:
 def _right_style(part: nn.Module) -> str | None:
     """The name of a spectral norm without bugs."""
     if parametrize.is_parametrized(part):
-        steps = [step for found in part.parametrizations.values() for step in found]  # type: ignore[operator, union-attr]
-        return "torch's parametrization" if any(isinstance(s, parametrizations._SpectralNorm) for s in steps) else None
+        for steps in part.parametrizations.values():  # type: ignore[operator]
+            if any(isinstance(step, parametrizations._SpectralNorm) for step in steps):
+                return "torch's parametrization"
     for hook in part._forward_pre_hooks.values():
         if isinstance(hook, SpectralNorm):
             return "torch's hook"
-    for method in WEIGHT_METHODS:
-        if hasattr(type(part), method) and not isinstance(part, FixedWrapper):
-            return f"method {method} of its own"
-    return None
+    method = next((name for name in WEIGHT_METHODS if hasattr(type(part), name)), None)
+    return None if method is None else f"method {method} of its own"
 
 
 def _tensor(part: Any, path: str) -> Tensor:

@@ -128,7 +128,7 @@ def _swap_layer(path: str, layer: nn.Module, verify: bool, size: tuple[int, int]
     """Swap one module if it is an attention layer; None if it does not look like one."""
     row = partial(Row, path, type(layer).__name__, "attention")
     if isinstance(layer, SwappedAttention):
-        return row(layer.form.name, "already swapped")
+        return row(layer.swapped_form.name, "already swapped")
     if isinstance(layer, torch.jit.ScriptModule):
         if not recognize.called_attention(layer):
             return None
@@ -152,16 +152,20 @@ def _swap_layer(path: str, layer: nn.Module, verify: bool, size: tuple[int, int]
     if error > TOLERANCE:
         if recognize.is_named(layer, variant):
             return row(variant.name, "refused", f"numbers differ by {error:.0e}", error=error)
-        return row("", "unknown", f"no known form gives its numbers; they differ by {error:.0e} or more", error=error)
+        return row(
+            "", "unknown", f"no known form gives its numbers; they differ by {error:.0e} or more", error=error
+        )
     swap_class(layer, SwappedAttention, variant)
-    return row(variant.name, "swapped", error=error, size=size, saved_bytes=_saved(layer, variant, size))
+    return _swapped(layer, row, size, error)
 
 
 def _swap_by_name(layer: nn.Module, known: list[Variant], row: Any, size: tuple[int, int]) -> Row:
     """Swap a layer of a class in the table. Whether it returns a map is asked of the layer itself."""
     named = [variant for variant in known if recognize.is_named(layer, variant)]
     if not named:
-        return row(_name(known), "refused", "not a class known by name; verify=True can prove what it computes")
+        return row(
+            _name(known), "refused", "not a class known by name; verify=True can prove what it computes"
+        )
     try:
         with_map = returns_map(layer, _width(layer, named[0]))
     except NotComparable as refusal:
@@ -170,21 +174,37 @@ def _swap_by_name(layer: nn.Module, known: list[Variant], row: Any, size: tuple[
     if not fitting:
         return row(named[0].name, "refused", "returns something else than the layer of that name")
     swap_class(layer, SwappedAttention, fitting[0])
-    return row(fitting[0].name, "swapped", size=size, saved_bytes=_saved(layer, fitting[0], size))
+    return _swapped(layer, row, size, None)
 
 
 def _proven_form(layer: nn.Module, known: list[Variant], possible: list[Variant]) -> tuple[Variant, float]:
     """The first form that gives the layer's numbers, else the first one and its difference."""
     forms = [*known, *possible]
-    host = Recording(float64_copy(layer), _width(layer, forms[0]))
+    twin = float64_copy(layer)
+    for variant in known:
+        if variant.map_flag is not None:
+            setattr(twin, variant.map_flag, False)
+    host = Recording(twin, _width(layer, forms[0]))
     errors: dict[Variant, float] = {}
     for variant in forms:
         if variant.returns_map == host.returns_map:
-            error = host.difference(partial(swap_class, mixin=SwappedAttention, form=variant))
+            error = host.difference_to(partial(swap_class, mixin=SwappedAttention, form=variant))
             if error <= TOLERANCE:
                 return variant, error
             errors[variant] = error
     return next(iter(errors.items()), (forms[0], float("inf")))
+
+
+def _swapped(layer: nn.Module, row: Any, size: tuple[int, int], error: float | None) -> Row:
+    """The row of a layer that was swapped."""
+    variant: Variant = layer.swapped_form  # type: ignore[assignment]
+    if variant.map_flag is not None and getattr(layer, variant.map_flag):
+        reason = (
+            f"asked for its map, it runs the host's code; it saves memory when {variant.map_flag} is False"
+        )
+        return row(variant.name, "swapped", reason, error)
+    saved = _saved(layer, variant, size)
+    return row(variant.name, "swapped", "", error, size, saved)
 
 
 def _width(layer: nn.Module, variant: Variant) -> int:

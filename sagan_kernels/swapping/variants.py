@@ -4,7 +4,7 @@ Roles are the mathematics', not the host's words. The query has a row of weights
 gives the positions that are looked at. What some hosts call `query` plays the key, and the other way round.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sagan_kernels.ops.attention import Positions
 
@@ -41,47 +41,40 @@ class Variant:
     """An attribute that, when true, makes the host return its map: its own code then runs."""
 
 
-_SHORT = {"query": "theta", "key": "phi", "value": "g", "out": "o", "pool": True}
-_CONVS = {"query": "query_conv", "key": "key_conv", "value": "value_conv"}
-_CROSSED = {"query": "key", "key": "query", "value": "value"}  # the host's words mean the other role
+_BIGGAN = Variant("BigGAN-PyTorch", ("Attention",), "theta", "phi", "g", "o", pool=True, ignores_rest=True)
+_BY_CONV = Variant(
+    "query_conv", ("SelfAttention", "PAM_Module", "Self_Attn"), "query_conv", "key_conv", "value_conv"
+)
 
 VARIANTS = (
-    Variant("BigGAN-PyTorch", ("Attention",), **_SHORT, ignores_rest=True),
-    Variant("mimicry", ("SelfAttention",), **_SHORT),
-    Variant("fastai, pooled", ("PooledSelfAttention2d",), **_SHORT),
+    _BIGGAN,
+    replace(_BIGGAN, name="mimicry", classes=("SelfAttention",), ignores_rest=False),
+    replace(_BIGGAN, name="fastai, pooled", classes=("PooledSelfAttention2d",), ignores_rest=False),
+    replace(_BIGGAN, name="BigGAN-PyTorch, TFHub", classes=("SelfAttention",), out="o_conv", ignores_rest=False),
     Variant(
-        "BigGAN-PyTorch, TFHub", ("SelfAttention",),
-        query="theta", key="phi", value="g", out="o_conv", pool=True,
-    ),
-    Variant(
-        "mmgeneration", ("SelfAttentionBlock",),
-        query="theta.conv", key="phi.conv", value="g.conv", out="o.conv", pool=True, ignores_rest=True,
-    ),
-    Variant(
-        "StudioGAN", ("SelfAttention", "Self_Attn"),
-        query="conv1x1_theta", key="conv1x1_phi", value="conv1x1_g", out="conv1x1_attn", gamma="sigma", pool=True,
+        "mmgeneration", ("SelfAttentionBlock",), "theta.conv", "phi.conv", "g.conv", "o.conv", pool=True,
         ignores_rest=True,
     ),
     Variant(
-        "voletiv", ("Self_Attn",),
-        query="snconv1x1_theta", key="snconv1x1_phi", value="snconv1x1_g", out="snconv1x1_attn", gamma="sigma",
+        "StudioGAN", ("SelfAttention", "Self_Attn"), "conv1x1_theta", "conv1x1_phi", "conv1x1_g", "conv1x1_attn",
+        gamma="sigma", pool=True, ignores_rest=True,
+    ),
+    Variant(
+        "voletiv", ("Self_Attn",), "snconv1x1_theta", "snconv1x1_phi", "snconv1x1_g", "snconv1x1_attn",
+        gamma="sigma", pool=True,
+    ),
+    Variant(
+        "pretrained-BigGAN", ("SelfAttn",), "snconv1x1_theta", "snconv1x1_phi", "snconv1x1_g", "snconv1x1_o_conv",
         pool=True,
     ),
+    replace(_BY_CONV, name="heykeetae", classes=("Self_Attn",), returns_map=True),
+    _BY_CONV,
+    # the words cross over: what these hosts call key has a row of weights for every output position
+    Variant("rosinality and fastai", ("SelfAttention",), query="key", key="query", value="value"),
     Variant(
-        "pretrained-BigGAN", ("SelfAttn",),
-        query="snconv1x1_theta", key="snconv1x1_phi", value="snconv1x1_g", out="snconv1x1_o_conv", pool=True,
+        "torchgan", ("SelfAttention2d",), "query", "key", "value", normalize="queries", map_flag="return_attn"
     ),
-    Variant("heykeetae", ("Self_Attn",), **_CONVS, returns_map=True),
-    Variant("query_conv", ("SelfAttention", "PAM_Module", "Self_Attn"), **_CONVS),
-    Variant("rosinality and fastai", ("SelfAttention",), **_CROSSED),
-    Variant(
-        "torchgan", ("SelfAttention2d",),
-        query="query", key="key", value="value", normalize="queries", map_flag="return_attn",
-    ),
-    Variant(
-        "timm", ("NonLocalAttn",),
-        query="t", key="p", value="g", out="z", gamma=None, scale="scale", after="norm",
-    ),
+    Variant("timm", ("NonLocalAttn",), "t", "p", "g", "z", gamma=None, scale="scale", after="norm"),
 )  # fmt: skip
 
 
@@ -109,7 +102,7 @@ NOT_OURS = (
         "half a layer (christiancosgrove): returns the map itself, for other modules",
     ),
     NotOurs(("BilinearAttnTransform", "BatNonLocalAttn"), (), "bilinear attention (timm): no softmax over positions"),
-    NotOurs(("MultiheadAttention",), ("in_proj_weight", "out_proj"), "multi-head attention, with kernels of PyTorch's own"),
+    NotOurs(("MultiheadAttention",), ("in_proj_weight",), "multi-head attention, with kernels of PyTorch's own"),
 )  # fmt: skip
 
 WEIGHT_METHODS = ("W_", "sn_weights", "sn_weight")

@@ -1,0 +1,262 @@
+"""Hosts' spectral norms: the numbers that are right stay, the bugs go, and come back on request."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from hosts import biggan_pytorch, heykeetae, rosinality, studiogan, torchgan
+from torch import nn
+
+from sagan_kernels import swap_layers, unswap_layers
+
+MATCH = {"rtol": 1e-10, "atol": 1e-10}
+
+
+def wrapped(wrapper, kind):
+    modules = {
+        "conv": lambda: nn.Conv2d(3, 5, 3),
+        "transposed": lambda: nn.ConvTranspose2d(3, 5, 4, 2),
+        "linear": lambda: nn.Linear(7, 4),
+        "embedding": lambda: nn.Embedding(6, 4),
+    }
+    return wrapper(modules[kind]()).double()
+
+
+def fitting_input(kind):
+    if kind == "embedding":
+        return torch.tensor([0, 3, 3])
+    return torch.randn((2, 7) if kind == "linear" else (2, 3, 6, 6), dtype=torch.float64)
+
+
+wrappers = pytest.mark.parametrize("wrapper", [heykeetae.SpectralNorm, torchgan.SpectralNorm2d])
+kinds = pytest.mark.parametrize("kind", ["conv", "transposed", "linear", "embedding"])
+
+
+def vectors(module):
+    """u and v, wherever they are kept."""
+    found = [t for key, t in module.state_dict().items() if key.endswith(("_u", "_v")) or key in "uv"]
+    assert found
+    return [t.clone() for t in found]
+
+
+def true_gradient(module, x):
+    """Of the sum of squares after one training forward, by a formula with constant u and v."""
+    weight = next(p for name, p in module.named_parameters() if name.endswith(("weight_bar", "w_bar")))
+    u, v = (t.detach() for t in vectors(module)[:2])
+    matrix = weight.flatten(1)
+    v = heykeetae.unit(matrix.T @ u).detach()
+    u = heykeetae.unit(matrix @ v).detach()
+    normed = weight / (u @ matrix @ v)
+    twin = copy.copy(module.module)
+    twin._parameters = dict(twin._parameters)
+    twin.__dict__.pop("weight", None)
+    twin._parameters["weight"] = normed
+    return torch.autograd.grad(twin.forward(x).square().sum(), weight)[0]
+
+
+@wrappers
+@kinds
+def test_fixed_wrapper_trains_as_its_host_where_each_forward_has_its_backward(wrapper, kind):
+    made, twin = wrapped(wrapper, kind), wrapped(wrapper, kind)
+    twin.load_state_dict(made.state_dict())
+    (row,) = swap_layers(twin)
+    assert row.status == "swapped"
+    assert row.error < 1e-12
+    assert isinstance(twin, wrapper)
+    x = fitting_input(kind)
+    for each in (made, twin):
+        optimizer = torch.optim.SGD([p for p in each.parameters() if p.requires_grad], lr=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            each(x).square().sum().backward()
+            optimizer.step()
+    for key, tensor in made.state_dict().items():
+        torch.testing.assert_close(twin.state_dict()[key], tensor, **MATCH, msg=key)
+
+
+@wrappers
+@kinds
+def test_fixed_wrapper_has_right_gradients_after_two_forwards(wrapper, kind):
+    x = fitting_input(kind)
+    errors = {}
+    for fixed in (False, True):
+        torch.manual_seed(3)
+        made = wrapped(wrapper, kind)
+        if fixed:
+            swap_layers(made)
+        expected = true_gradient(made, x)
+        loss = made(x).square().sum()
+        made(x)  # as a discriminator's forward on generated images follows that on real ones
+        weight = next(p for name, p in made.named_parameters() if name.endswith("_bar"))
+        errors[fixed] = (torch.autograd.grad(loss, weight)[0] - expected).abs().max().item()
+    assert errors[True] < 1e-10
+    assert errors[False] > 1e-3
+
+
+@wrappers
+def test_fixed_wrapper_rests_in_eval_mode_at_the_hosts_first_numbers(wrapper):
+    made, twin = wrapped(wrapper, "conv"), wrapped(wrapper, "conv")
+    twin.load_state_dict(made.state_dict())
+    swap_layers(twin)
+    x = fitting_input("conv")
+    before = vectors(twin)
+    first, again = twin.eval()(x), twin(x)
+    torch.testing.assert_close(first, made.eval()(x), **MATCH)
+    assert torch.equal(first, again)
+    assert not torch.equal(made(x), first)
+    assert all(torch.equal(a, b) for a, b in zip(vectors(twin), before, strict=True))
+
+
+@wrappers
+def test_fixed_wrapper_can_be_copied_after_a_training_forward(wrapper):
+    made = wrapped(wrapper, "conv")
+    x = fitting_input("conv")
+    made(x)
+    with pytest.raises(RuntimeError, match="deepcopy protocol"):
+        copy.deepcopy(made)
+    swap_layers(made)
+    made(x)
+    made.eval()
+    for other in (copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
+        torch.testing.assert_close(other(x), made(x), **MATCH)
+
+
+@wrappers
+def test_fixed_wrapper_has_second_derivatives(wrapper):
+    made = wrapped(wrapper, "linear")
+    made.load_state_dict(made.state_dict())
+    swap_layers(made)
+    made.eval()
+    weight = next(p for name, p in made.named_parameters() if name.endswith("_bar"))
+    x = fitting_input("linear")
+
+    def loss(w):
+        with torch.no_grad():
+            kept = weight.clone()
+        result = torch.func.functional_call(
+            made, {name: w for name, p in made.named_parameters() if p is weight}, x
+        )
+        assert torch.equal(weight, kept)
+        return result.square().sum()
+
+    (slope,) = torch.autograd.grad(loss(weight), weight, create_graph=True)
+    direction = torch.randn_like(weight)
+    (curvature,) = torch.autograd.grad((slope * direction).sum(), weight)
+    step = 1e-5 * direction
+    ahead, behind = (torch.autograd.grad(loss(w), w)[0] for w in ((weight + step), (weight - step)))
+    assert curvature.abs().max() > 0
+    assert ahead.isfinite().all()
+    assert behind.isfinite().all()
+
+
+@wrappers
+def test_faithful_keeps_the_bugs_and_says_so(wrapper):
+    made = wrapped(wrapper, "conv")
+    (row,) = swap_layers(made, faithful=True)
+    assert row.status == "kept"
+    assert row.reason.startswith("faithful: u and v moved in eval mode")
+    assert type(made) is wrapper
+
+
+def test_wrapper_that_computes_something_else_is_refused():
+    class SpectralNorm(heykeetae.SpectralNorm):
+        def forward(self, *args):
+            return 2 * super().forward(*args)
+
+    (row,) = swap_layers(wrapped(SpectralNorm, "conv"))
+    assert row.status == "refused"
+    assert "numbers differ" in row.reason
+
+
+def test_wrapper_around_an_unknown_module_is_refused():
+    class Scale(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(2, 3))
+
+    (row,) = swap_layers(heykeetae.SpectralNorm(Scale()))
+    assert row.status == "refused"
+    assert "it wraps a Scale" in row.reason
+
+
+def test_unswapped_wrapper_is_the_host_again():
+    made = heykeetae.Discriminator()
+    keys = list(made.state_dict())
+    swap_layers(made)
+    assert list(made.state_dict()) == keys
+    unswap_layers(made)
+    assert {type(part) for part in made.modules()} >= {heykeetae.SpectralNorm, heykeetae.Self_Attn}
+    assert not [part for part in made.modules() if type(part).__module__.startswith("sagan_kernels")]
+
+
+def test_second_swap_leaves_a_fixed_norm():
+    made = heykeetae.Discriminator()
+    swap_layers(made)
+    assert {row.status for row in swap_layers(made)} == {"already swapped"}
+
+
+def test_hook_rests_in_eval_mode_and_trains_as_before():
+    made, twin = (rosinality.spectral_norm(nn.Conv2d(3, 5, 3)).double() for _ in range(2))
+    twin.load_state_dict(made.state_dict())
+    (row,) = swap_layers(twin)
+    assert (row.variant, row.status) == ("hook of its own", "swapped")
+    x = fitting_input("conv")
+    for each in (made, twin):
+        each(x).square().sum().backward()
+    torch.testing.assert_close(twin.weight_orig.grad, made.weight_orig.grad, **MATCH)
+    torch.testing.assert_close(twin.weight_u, made.weight_u, **MATCH)
+    made.eval(), twin.eval()
+    first, again = twin(x), twin(x)
+    torch.testing.assert_close(first, made(x), **MATCH)
+    assert torch.equal(first, again)
+    unswap_layers(twin)
+    assert type(next(iter(twin._forward_pre_hooks.values()))) is rosinality.SpectralNorm
+
+
+def test_hook_is_kept_when_faithful():
+    (row,) = swap_layers(rosinality.spectral_norm(nn.Conv2d(3, 5, 3)), faithful=True)
+    assert row.reason == "faithful: u moved in eval mode"
+
+
+@pytest.mark.parametrize(
+    ("make", "variant"),
+    [
+        (lambda: biggan_pytorch.SNConv2d(3, 5, 3), "method W_ of its own"),
+        (lambda: studiogan.sn(nn.Linear(3, 4)), "torch's hook"),
+        (lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(3, 4)), "torch's parametrization"),
+    ],
+)
+def test_spectral_norms_without_bugs_are_recognized_and_kept(make, variant):
+    (row,) = swap_layers(make())
+    assert (row.variant, row.status) == (variant, "kept")
+
+
+def test_attention_whose_projections_are_wrapped_is_swapped_with_either_norm():
+    def build():
+        layer = biggan_pytorch.Attention.__new__(biggan_pytorch.Attention)
+        nn.Module.__init__(layer)
+        for name, widths in {"theta": (16, 2), "phi": (16, 2), "g": (16, 8), "o": (8, 16)}.items():
+            layer.add_module(name, heykeetae.SpectralNorm(nn.Conv2d(*widths, 1, bias=False)))
+        layer.gamma = nn.Parameter(torch.tensor(0.7))
+        return layer.double()
+
+    made = build()
+    x = torch.randn(2, 16, 6, 6, dtype=torch.float64)
+    for faithful in (False, True):
+        twin = build()
+        twin.load_state_dict(made.state_dict())
+        report = swap_layers(twin, faithful=faithful)
+        assert len(report.swapped) == (1 if faithful else 5)
+        torch.testing.assert_close(twin(x), made(x), **MATCH)
+        for key, tensor in made.state_dict().items():
+            torch.testing.assert_close(twin.state_dict()[key], tensor, **MATCH, msg=key)
+        made.load_state_dict({key: tensor.clone() for key, tensor in twin.state_dict().items()})
+
+
+def test_torch_hook_left_a_graph_behind_and_the_network_is_still_swapped():
+    made = studiogan.Generator()
+    made(torch.randn(2, 6), torch.tensor([0, 1])).sum()
+    with pytest.raises(RuntimeError, match="deepcopy protocol"):
+        copy.deepcopy(made)
+    assert swap_layers(made, inputs=(torch.randn(2, 6), torch.tensor([0, 1]))).swapped
