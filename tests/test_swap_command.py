@@ -64,7 +64,7 @@ def test_unswappable_layer_is_told_of_and_fails_when_strict(run):
     assert "no known form gives its numbers" in done.stdout
     done = run("factories:Zoo.cubed", "--strict")
     assert done.exit_code == 1
-    assert "everything that looks swappable must be swapped" in done.stderr
+    assert "all that looks swappable must be swapped" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,11 @@ import pytest
 import torch
 from hosts import biggan_pytorch, heykeetae, rosinality, studiogan, torchgan
 from torch import nn
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 from sagan_kernels import swap_layers, unswap_layers
+from sagan_kernels.nn import group_spectral_norm
+from sagan_kernels.nn.spectral_norm_group import groups_in
 
 MATCH = {"rtol": 1e-10, "atol": 1e-10}
 
@@ -201,17 +204,94 @@ def test_hook_is_kept_when_faithful():
     assert row.reason == "faithful: u moved in eval mode"
 
 
+def test_method_of_a_host_is_recognized_and_kept():
+    (row,) = swap_layers(biggan_pytorch.SNConv2d(3, 5, 3))
+    assert (row.variant, row.status) == ("method W_ of its own", "kept")
+
+
+def test_norms_of_torch_are_grouped_with_the_numbers_of_their_network():
+    inputs = torch.randn(2, 3, 32, 32, dtype=torch.float64), torch.arange(2)
+    host, twin = studiogan.Discriminator().double(), studiogan.Discriminator().double()
+    twin.load_state_dict(host.state_dict())
+    report = swap_layers(twin, attention=False, inputs=inputs)
+    assert {(row.variant, row.status) for row in report} == {("torch's hook", "swapped")}
+    assert len(report.rows) == 16
+    assert max(row.error for row in report) < 1e-9
+    assert len(groups_in(twin)) == 1
+    for each in (host, twin):
+        loss = each(*inputs).sum() - each(-inputs[0], inputs[1]).sum()  # two forwards: two iterations
+        loss.backward()
+    for ours, theirs in zip(twin.parameters(), host.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, **MATCH)
+    for key, tensor in host.state_dict().items():
+        torch.testing.assert_close(twin.state_dict()[key], tensor, **MATCH, msg=key)
+    unswap_layers(twin)
+    assert not groups_in(twin)
+    assert {type(hook) for part in twin.modules() for hook in part._forward_pre_hooks.values()} == {
+        SpectralNorm
+    }
+
+
+def test_layer_used_twice_in_a_forward_is_found_and_not_grouped():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = studiogan.sn(nn.Linear(4, 4))
+            self.second = studiogan.sn(nn.Linear(4, 4))
+
+        def forward(self, x):
+            return self.second(self.first(self.first(x)))
+
+    made = Twice()
+    report = swap_layers(made, inputs=(torch.randn(2, 4),))
+    assert {row.status for row in report} == {"kept"}
+    assert "used twice" in report.rows[0].reason
+    assert not groups_in(made)
+
+
 @pytest.mark.parametrize(
-    ("make", "variant"),
-    [
-        (lambda: biggan_pytorch.SNConv2d(3, 5, 3), "method W_ of its own"),
-        (lambda: studiogan.sn(nn.Linear(3, 4)), "torch's hook"),
-        (lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(3, 4)), "torch's parametrization"),
-    ],
+    "wrap", [nn.DataParallel, lambda network: nn.ModuleDict({"D": network}), torch.compile]
 )
-def test_spectral_norms_without_bugs_are_recognized_and_kept(make, variant):
-    (row,) = swap_layers(make())
-    assert (row.variant, row.status) == (variant, "kept")
+def test_group_is_that_of_the_network_itself(wrap):
+    network = studiogan.Discriminator()
+    report = swap_layers(wrap(network), attention=False)
+    assert len(groups_in(network)) == 1
+    assert {type(wrap(network).get_submodule(row.path)) for row in report} <= {
+        nn.Conv2d,
+        nn.Linear,
+        nn.Embedding,
+    }
+
+
+def test_part_swapped_before_joins_the_group_of_its_network():
+    network = studiogan.Generator()
+    swap_layers(network.blocks[0][0])
+    report = swap_layers(network)
+    assert {row.status for row in report if row.path.startswith("blocks.0")} == {"already swapped"}
+    (group,) = groups_in(network)
+    assert len(group) == 27
+    assert {row.status for row in swap_layers(network)} == {"already swapped"}
+
+
+def test_group_that_somebody_made_stays():
+    network = studiogan.Generator()
+    group = group_spectral_norm(network, every="step")
+    assert {row.status for row in swap_layers(network, attention=False)} == {"already swapped"}
+    unswap_layers(network)
+    assert groups_in(network) == [group]
+
+
+def test_grouped_network_can_be_copied_and_pickled():
+    made = studiogan.Generator()
+    swap_layers(made)
+    z, label = torch.randn(2, 6), torch.tensor([0, 1])
+    made(z, label)
+    made.eval()
+    for other in (copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
+        torch.testing.assert_close(other(z, label), made(z, label))
+        unswap_layers(other)
+        assert not groups_in(other)
+        torch.testing.assert_close(other(z, label), made(z, label))
 
 
 def test_attention_whose_projections_are_wrapped_is_swapped_with_either_norm():

@@ -2,16 +2,20 @@
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from sagan_kernels.swapping.projections import is_weight_hook
 
 TOLERANCE = 1e-10
 """Of a difference, relative to the largest element where that is over 1."""
+
+NETWORK_TOLERANCE = 1e-8
+"""Of a whole network, where rounding adds up from layer to layer."""
 
 SIZES = ((6, 8), (8, 8))
 """Height and width of the random inputs: the first that the host takes, and no square where it can be avoided."""
@@ -136,6 +140,38 @@ def returns_map(layer: nn.Module, width: int) -> bool:
     return len(_tensors(host(_input(2, width, _accepted_size(host, width)).to(like)))) == 2
 
 
+def network_difference(model: nn.Module, swap: Callable[[nn.Module], Any], inputs: Sequence[Any]) -> float:
+    """The largest difference between a network and its copy that `swap` has swapped, in float64.
+
+    Compared are outputs, gradients and the state afterwards, in training and in eval mode; random numbers are the same.
+    """
+    host = safe_copy(model).to(dtype=torch.float64)
+    inputs = tree_map(
+        lambda t: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t, tuple(inputs)
+    )
+    largest = 0.0
+    devices = list({t.device for t in host.parameters() if t.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices), torch.no_grad():
+        host.train()
+        for _ in range(WARM_UP):
+            host(*inputs)
+    for training in (True, False):
+        twin = safe_copy(host)
+        swap(twin)
+        found = []
+        for network in (safe_copy(host), twin):
+            with torch.random.fork_rng(devices=devices), torch.enable_grad():
+                torch.manual_seed(0)
+                results = tree_leaves(network.train(training)(*inputs))
+                outputs = [t.tensor() if hasattr(t, "tensor") else t for t in results]
+                outputs = [t for t in outputs if isinstance(t, Tensor) and t.is_floating_point()]
+                wanted = [p for p in network.parameters() if p.requires_grad]
+                grads = _gradients(outputs, wanted)
+            found.append([t.detach().clone() for t in (*outputs, *grads, *network.state_dict().values())])
+        largest = max(largest, difference(*found))
+    return largest
+
+
 def difference(theirs: list[Tensor], ours: list[Tensor]) -> float:
     """The largest |theirs - ours|, relative where theirs is over 1; infinity where a shape differs, or for NaN."""
     if [t.shape for t in theirs] != [t.shape for t in ours]:
@@ -172,10 +208,7 @@ def _run(layer: nn.Module, x: Tensor) -> Iterator[tuple[str, list[Tensor]]]:
         x = x.clone().requires_grad_()
         outputs = _tensors(layer(x))
         yield "output", outputs
-        loss = sum((t * torch.linspace(-1, 1, t.numel(), dtype=t.dtype).view_as(t)).sum() for t in outputs)
-        wanted = [x, *(p for p in layer.parameters() if p.requires_grad)]
-        grads = torch.autograd.grad(loss, wanted, materialize_grads=True)  # type: ignore[arg-type]
-        yield "gradient", list(grads)
+        yield "gradient", _gradients(outputs, [x, *(p for p in layer.parameters() if p.requires_grad)])
     yield "state", [t.detach().double().clone() for t in layer.state_dict().values() if isinstance(t, Tensor)]
 
 
@@ -188,3 +221,11 @@ def _tensors(result: Any) -> list[Tensor]:
 def _input(batch: int, width: int, size: tuple[int, int]) -> Tensor:
     generator = torch.Generator().manual_seed(batch)
     return torch.randn(batch, width, *size, dtype=torch.float64, generator=generator, device="cpu")
+
+
+def _gradients(outputs: list[Tensor], wanted: list[Tensor]) -> list[Tensor]:
+    """Of a sum of the outputs in which every element has another factor."""
+    loss = torch.zeros((), dtype=torch.float64, device=outputs[0].device, requires_grad=True) * 1
+    for t in outputs:
+        loss = loss + (t * torch.linspace(-1, 1, t.numel(), dtype=t.dtype, device=t.device).view_as(t)).sum()
+    return list(torch.autograd.grad(loss, wanted, materialize_grads=True)) if wanted else []

@@ -18,7 +18,7 @@ def has_weight(layer: nn.Module, path: str) -> bool:
     parts = _parts(layer, path)
     if any(_watched(part) for part in parts) or not is_pointwise(parts[-1]):
         return False
-    return _method(parts[-1]) is not None or type(parts[-1]).forward in _PLAIN_FORWARDS
+    return weight_method(parts[-1]) is not None or type(parts[-1]).forward in _PLAIN_FORWARDS
 
 
 def weight_and_bias(layer: nn.Module, path: str) -> tuple[Tensor, Tensor | None]:
@@ -27,7 +27,7 @@ def weight_and_bias(layer: nn.Module, path: str) -> tuple[Tensor, Tensor | None]
     Computing it does what a call does, as often: hooks of spectral norm run, and so do the hosts' own methods.
     """
     part = _parts(layer, path)[-1]
-    method = _method(part)
+    method = weight_method(part)
     if method is not None:
         return getattr(part, method)(), part.bias  # type: ignore[return-value]
     for hook in part._forward_pre_hooks.values():
@@ -56,6 +56,11 @@ def is_pointwise(part: nn.Module) -> bool:
     return isinstance(part, nn.Linear)
 
 
+def weight_method(part: nn.Module) -> str | None:
+    """The name of the method by which a host's own layer computes its weight; None if there is none."""
+    return next((name for name in WEIGHT_METHODS if hasattr(type(part), name)), None)
+
+
 def is_weight_hook(hook: Any) -> bool:
     """Whether a forward pre-hook only computes the module's weight, as torch.nn.utils and hosts' spectral norms do."""
     return type(hook).__module__.startswith("torch.nn.utils") or hasattr(type(hook), "compute_weight")
@@ -67,10 +72,6 @@ def _parts(layer: nn.Module, path: str) -> list[nn.Module]:
     for name in path.split("."):
         parts.append(getattr(parts[-1], name))
     return parts[1:]
-
-
-def _method(part: nn.Module) -> str | None:
-    return next((name for name in WEIGHT_METHODS if hasattr(type(part), name)), None)
 
 
 def _watched(part: nn.Module) -> bool:

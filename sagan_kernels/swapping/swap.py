@@ -21,7 +21,7 @@ from sagan_kernels.swapping.check import (
     safe_copy,
 )
 from sagan_kernels.swapping.report import Row, SwapReport
-from sagan_kernels.swapping.spectral_norm import swap_spectral_norm, unswap_spectral_norm
+from sagan_kernels.swapping.spectral_norm import fix_spectral_norm, group_spectral_norms, unswap_spectral_norm
 from sagan_kernels.swapping.subclass import swap_class, unswap_class
 from sagan_kernels.swapping.variants import Variant
 
@@ -55,7 +55,8 @@ def swap_layers(
         strict: raise where anything that looks swappable is not, or nothing is; the model is then as it was.
         faithful: keep the bugs of a host's spectral norm, for a run that is to repeat old numbers.
         inputs: arguments of the model's forward. A copy of the model runs on them once, without gradients, to learn
-            the sizes of the feature maps for which the report states memory. None: 64×64.
+            the sizes of the feature maps for which the report states memory; with `verify`, copies of the whole model
+            are compared in float64 as well before spectral norms are grouped. None: memory at 64×64.
 
     Returns:
         What was swapped, what was not and why, errors and expected memory.
@@ -74,18 +75,19 @@ def swap_layers(
     sizes = _map_sizes(model, inputs) if inputs is not None else {}
     rows = list(_swap_attention(model, verify, sizes)) if attention else []
     if spectral_norm:
-        rows += swap_spectral_norm(model, verify=verify, faithful=faithful)
-    report = SwapReport(type(model).__name__, tuple(rows))
-    if strict and (report.skipped or not rows):
-        for row in report.swapped:
-            part = model.get_submodule(row.path)
-            unswap_class(part)
-            unswap_spectral_norm(part)
-        failed = "; ".join(f"{row.path or '(the model)'}: {row.reason}" for row in report.skipped)
+        rows += fix_spectral_norm(model, verify=verify, faithful=faithful)
+    if strict and (skipped := [row for row in rows if row.status in ("refused", "unknown")]):
+        _undo(model, rows)
+        told = "; ".join(f"{row.path or '(the model)'}: {row.reason}" for row in skipped)
         raise ValueError(
-            f"swap_layers: everything that looks swappable must be swapped, got {failed or report}; leave out strict"
+            f"swap_layers: all that looks swappable must be swapped, got {told}; leave out strict to swap the rest"
         )
+    if spectral_norm:
+        rows += group_spectral_norms(model, inputs if verify else None)
+    report = SwapReport(type(model).__name__, tuple(rows))
     if not rows:
+        if strict:
+            raise ValueError(f"swap_layers: there must be something to swap, got {report}; leave out strict")
         warnings.warn(f"swap_layers: {report}", stacklevel=2)
     return report
 
@@ -98,10 +100,20 @@ def unswap_layers(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"unswap_layers: model must be a torch.nn.Module, got {type(model).__name__}")
+    unswap_spectral_norm(model)
     for part in list(model.modules()):
         unswap_class(part)
-        unswap_spectral_norm(part)
     return model
+
+
+def _undo(model: nn.Module, rows: Sequence[Row]) -> None:
+    """Undo what this call has done; what was swapped before stays."""
+    for row in rows:
+        if row.status == "swapped":
+            part = model.get_submodule(row.path)
+            unswap_class(part)
+            for hook in part._forward_pre_hooks.values():
+                unswap_class(hook)
 
 
 def _swap_attention(model: nn.Module, verify: bool, sizes: dict[str, tuple[int, int]]) -> Iterator[Row]:
