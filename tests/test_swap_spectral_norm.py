@@ -204,9 +204,102 @@ def test_hook_is_kept_when_faithful():
     assert row.reason == "faithful: u moved in eval mode"
 
 
-def test_method_of_a_host_is_recognized_and_kept():
-    (row,) = swap_layers(biggan_pytorch.SNConv2d(3, 5, 3))
-    assert (row.variant, row.status) == ("method W_ of its own", "kept")
+def test_several_singular_values_are_left_to_the_host():
+    made = biggan_pytorch.SNConv2d(3, 5, 3)
+    made.num_svs = 2
+    (row,) = swap_layers(made)
+    assert (row.variant, row.status) == ("method W_", "kept")
+    assert "several singular values" in row.reason
+
+
+def test_method_that_computes_something_else_is_left_to_the_host():
+    class SNConv2d(biggan_pytorch.SNConv2d):
+        def W_(self):
+            return super().W_() * 0.5
+
+    made = nn.Sequential(SNConv2d(3, 5, 3), biggan_pytorch.SNConv2d(5, 5, 3))
+    report = swap_layers(made)
+    assert [row.status for row in report] == ["kept", "swapped"]
+    assert "its numbers differ by" in report.rows[0].reason
+    made(torch.randn(1, 3, 6, 6)).sum().backward()
+
+
+class Mimicry(nn.Linear):
+    """mimicry's own spectral norm, which it has beside torch's."""
+
+    def __init__(self, *widths):
+        super().__init__(*widths)
+        self.register_buffer("sn_u", torch.randn(1, widths[1]))
+        self.register_buffer("sn_sigma", torch.ones(1))
+
+    def sn_weights(self):
+        W = self.weight.view(self.weight.shape[0], -1)
+        with torch.no_grad():
+            v = nn.functional.normalize(self.sn_u @ W)
+            u = nn.functional.normalize(v @ W.t())
+        sigma = (u @ (W @ v.t())).squeeze()
+        if self.training:
+            with torch.no_grad():
+                self.sn_sigma[:] = sigma
+                self.sn_u[:] = u
+        return self.weight / sigma
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.sn_weights(), self.bias)
+
+
+@pytest.mark.parametrize(
+    ("make", "inputs"),
+    [
+        (biggan_pytorch.Discriminator, (torch.randn(2, 3, 32, 32), torch.arange(2))),
+        (biggan_pytorch.Generator, (torch.randn(2, 6), torch.arange(2))),
+        (lambda: nn.Sequential(Mimicry(5, 4), nn.Tanh(), Mimicry(4, 6)), (torch.randn(3, 5),)),
+    ],
+)
+def test_methods_of_hosts_are_grouped_with_the_numbers_of_their_network(make, inputs):
+    inputs = tuple(t.double() if t.is_floating_point() else t for t in inputs)
+    host, twin = make().double(), make().double()
+    twin.load_state_dict(host.state_dict())
+    attributes = [set(part.__dict__) for part in twin.modules()]
+    report = swap_layers(twin, attention=False, inputs=inputs)
+    assert {row.status for row in report} == {"swapped"}
+    assert max(row.error for row in report) < 1e-9
+    for training in (True, False, True):
+        host.train(training), twin.train(training)
+        for _ in range(2):
+            (host(*inputs).square().sum() + host(-inputs[0], *inputs[1:]).sum()).backward()
+            (twin(*inputs).square().sum() + twin(-inputs[0], *inputs[1:]).sum()).backward()
+        for ours, theirs in zip(twin.parameters(), host.parameters(), strict=True):
+            torch.testing.assert_close(ours.grad, theirs.grad, **MATCH)
+        for key, tensor in host.state_dict().items():
+            torch.testing.assert_close(twin.state_dict()[key], tensor, **MATCH, msg=key)
+    unswap_layers(twin)
+    assert [type(part) for part in twin.modules()] == [type(part) for part in host.modules()]
+    assert [set(part.__dict__) for part in twin.modules()] == attributes
+
+
+def test_grouped_method_outside_its_network_is_the_hosts():
+    network = biggan_pytorch.Discriminator()
+    host = copy.deepcopy(network)
+    swap_layers(network)
+    label = torch.arange(2)
+    for _ in range(2):
+        torch.testing.assert_close(network.embed(label), host.embed(label), rtol=0, atol=0)
+    torch.testing.assert_close(network.embed.u0, host.embed.u0, rtol=0, atol=0)
+
+
+def test_grouped_methods_can_be_copied_pickled_and_moved():
+    made = biggan_pytorch.Discriminator()
+    swap_layers(made)
+    inputs = torch.randn(2, 3, 32, 32), torch.arange(2)
+    made(*inputs).sum().backward()
+    made.eval()
+    for other in (copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
+        torch.testing.assert_close(other(*inputs), made(*inputs))
+        other.double()
+        torch.testing.assert_close(other(inputs[0].double(), inputs[1]).float(), made(*inputs))
+        unswap_layers(other)
+        assert type(other.embed) is biggan_pytorch.SNEmbedding
 
 
 def test_norms_of_torch_are_grouped_with_the_numbers_of_their_network():

@@ -4,34 +4,26 @@ A host's σ, its epsilons and the matrix it takes are kept as they are: they are
 and are not kept: vectors that move in eval mode, where a forward is to change nothing, and gradients of an earlier
 forward computed with the vectors of a later one. In training mode, with each forward followed by its backward, the
 numbers are the host's; in eval mode they are those of the host's first forward.
-
-Spectral norms of torch have no bugs. Those of a network are normalized together, by `SpectralNormGroup`.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from sagan_kernels.nn import SpectralNormGroup
-from sagan_kernels.nn.spectral_norm import Found, find_spectral_norms
-from sagan_kernels.nn.spectral_norm_group import Grouped, groups_in
 from sagan_kernels.swapping.check import (
-    NETWORK_TOLERANCE,
     TOLERANCE,
     NotComparable,
     difference,
     float64_copy,
-    network_difference,
     safe_copy,
     told,
 )
-from sagan_kernels.swapping.projections import weight_method
-from sagan_kernels.swapping.report import Row, Status
-from sagan_kernels.swapping.subclass import Swapped, swap_class, unswap_class
+from sagan_kernels.swapping.report import Row
+from sagan_kernels.swapping.subclass import Swapped, swap_class
 
 
 @dataclass(frozen=True)
@@ -53,7 +45,6 @@ WRAPPERS = (
 )
 
 HOOK = "hook of its own"
-GROUPED = "normalized with the others of its network, once at the start of a forward"
 EVAL_BUG = "u moved in eval mode; it no longer does"
 WRAPPER_BUGS = (
     "u and v moved in eval mode, and two forwards before a backward gave wrong gradients; neither is so now"
@@ -111,10 +102,6 @@ class FixedHook(Swapped):
             setattr(module, f"{self.name}_u", u)
 
 
-class SwappedGroup(SpectralNormGroup):
-    """A group that `unswap_layers` undoes; those that somebody made stay."""
-
-
 def fix_spectral_norm(model: nn.Module, *, verify: bool, faithful: bool) -> Iterator[Row]:
     """Recognize the spectral norms that hosts have written, and fix those that have bugs unless `faithful`."""
     for path, part in list(model.named_modules()):
@@ -129,77 +116,6 @@ def fix_spectral_norm(model: nn.Module, *, verify: bool, faithful: bool) -> Iter
             yield row(form.name, *_fix_wrapper(part, form, verify, faithful))
         elif hook is not None:
             yield row(HOOK, *_fix_hook(part, hook, verify, faithful))
-        elif (method := weight_method(part)) is not None:
-            yield row(f"method {method} of its own", "kept")
-
-
-def group_spectral_norms(model: nn.Module, inputs: Sequence[Any] | None) -> Iterator[Row]:
-    """Group the spectral norms of torch, and ours, network by network.
-
-    With `inputs` of the model's forward, copies of the whole model are compared first.
-    """
-    error = None
-    if inputs is not None and next(find_spectral_norms(model), None) is not None:
-        error = network_difference(model, lambda twin: list(_group(twin)), inputs)
-    if error is not None and not error <= NETWORK_TOLERANCE:
-        reason = (
-            f"grouped, the whole model's numbers differ by {error:.0e}; is a layer used twice in a forward?"
-        )
-        for found in find_spectral_norms(model):
-            yield _row("", found, "kept", reason)
-        return
-    for row in _group(model):
-        yield replace(row, error=error)
-
-
-def _group(model: nn.Module) -> Iterator[Row]:
-    for stem, network in networks(model):
-        norms = list(find_spectral_norms(network))
-        if not norms:
-            continue
-        before = [isinstance(found.step, Grouped) for found in norms]
-        status: Status = "swapped"
-        reason = GROUPED
-        old = groups_in(network)
-        if not all(before):
-            try:
-                if all(isinstance(group, SwappedGroup) for group in old):
-                    _ungroup(old)  # of parts that were swapped by themselves
-                SwappedGroup(network)
-            except (TypeError, ValueError) as refusal:
-                status, reason = "kept", str(refusal)
-        for found, already in zip(norms, before, strict=True):
-            yield _row(stem, found, "already swapped", "") if already else _row(stem, found, status, reason)
-
-
-def _row(stem: str, found: Found, status: Status, reason: str) -> Row:
-    style = "torch's hook" if found.hooked else "parametrization"
-    path = ".".join(filter(None, (stem, found.path.rpartition(".")[0])))
-    return Row(path, type(found.module).__name__, "spectral norm", style, status, reason)
-
-
-def networks(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The modules that are called, with their paths: without what is around them and what only holds several."""
-    wrapped = {"DataParallel": "module", "DistributedDataParallel": "module", "OptimizedModule": "_orig_mod"}
-    name = wrapped.get(type(model).__name__)
-    if name is not None:
-        yield from networks(getattr(model, name), f"{path}.{name}".lstrip("."))
-    elif isinstance(model, torch.jit.ScriptModule):
-        return
-    elif type(model).forward is nn.Module.forward or hasattr(model, "training_step"):
-        for name, child in model.named_children():
-            yield from networks(child, f"{path}.{name}".lstrip("."))
-    else:
-        yield path, model
-
-
-def unswap_spectral_norm(model: nn.Module) -> None:
-    """Undo both for `model` and everything in it."""
-    _ungroup(group for group in groups_in(model) if isinstance(group, SwappedGroup))
-    for part in list(model.modules()):
-        unswap_class(part)
-        for hook in part._forward_pre_hooks.values():
-            unswap_class(hook)
 
 
 def _fix_wrapper(part: nn.Module, form: WrapperForm, verify: bool, faithful: bool) -> tuple[Any, ...]:
@@ -322,11 +238,6 @@ def _own_hook(part: nn.Module) -> Any:
         ):
             return hook
     return None
-
-
-def _ungroup(groups: Iterable[SpectralNormGroup]) -> None:
-    for group in list(groups):
-        group.ungroup()
 
 
 def _tensor(part: Any, path: str) -> Tensor:

@@ -21,7 +21,8 @@ from sagan_kernels.swapping.check import (
     safe_copy,
 )
 from sagan_kernels.swapping.report import Row, SwapReport
-from sagan_kernels.swapping.spectral_norm import fix_spectral_norm, group_spectral_norms, unswap_spectral_norm
+from sagan_kernels.swapping.spectral_norm import fix_spectral_norm
+from sagan_kernels.swapping.spectral_norm_group import group_spectral_norms, ungroup_spectral_norms
 from sagan_kernels.swapping.subclass import swap_class, unswap_class
 from sagan_kernels.swapping.variants import Variant
 
@@ -83,7 +84,7 @@ def swap_layers(
             f"swap_layers: all that looks swappable must be swapped, got {told}; leave out strict to swap the rest"
         )
     if spectral_norm:
-        rows += group_spectral_norms(model, inputs if verify else None)
+        rows += group_spectral_norms(model, verify=verify, inputs=inputs)
     report = SwapReport(type(model).__name__, tuple(rows))
     if not rows:
         if strict:
@@ -100,9 +101,9 @@ def unswap_layers(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"unswap_layers: model must be a torch.nn.Module, got {type(model).__name__}")
-    unswap_spectral_norm(model)
-    for part in list(model.modules()):
-        unswap_class(part)
+    ungroup_spectral_norms(model)
+    for part in model.modules():
+        _unswap(part)
     return model
 
 
@@ -110,10 +111,13 @@ def _undo(model: nn.Module, rows: Sequence[Row]) -> None:
     """Undo what this call has done; what was swapped before stays."""
     for row in rows:
         if row.status == "swapped":
-            part = model.get_submodule(row.path)
-            unswap_class(part)
-            for hook in part._forward_pre_hooks.values():
-                unswap_class(hook)
+            _unswap(model.get_submodule(row.path))
+
+
+def _unswap(part: nn.Module) -> None:
+    unswap_class(part)
+    for hook in part._forward_pre_hooks.values():
+        unswap_class(hook)
 
 
 def _swap_attention(model: nn.Module, verify: bool, sizes: dict[str, tuple[int, int]]) -> Iterator[Row]:
