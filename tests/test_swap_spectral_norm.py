@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from hosts import biggan_pytorch, heykeetae, rosinality, studiogan, torchgan
+from hosts import biggan_pytorch, heykeetae, rosinality, studiogan, torchgan, voletiv
 from torch import nn
 from torch.nn.utils.spectral_norm import SpectralNorm
 
@@ -354,6 +354,30 @@ def test_group_is_that_of_the_network_itself(wrap):
         nn.Linear,
         nn.Embedding,
     }
+
+
+def test_layer_that_no_forward_uses_does_not_forbid_a_group():
+    network = voletiv.Discriminator(conv_dim=1)
+    assert "snconv2d0" in dict(network.block5.named_modules())  # its shortcut is never called
+    inputs = torch.randn(2, 3, 128, 128), torch.arange(2)
+    report = swap_layers(network, attention=False, inputs=inputs)
+    assert {row.status for row in report} == {"swapped"}
+    assert max(row.error for row in report) < 1e-9
+
+
+def test_network_that_does_not_run_in_float64_is_grouped_and_said_to_be_not_compared():
+    class Single(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = studiogan.sn(nn.Linear(3, 4))
+
+        def forward(self, label):
+            return self.first(nn.functional.one_hot(label, 3).float())
+
+    report = swap_layers(Single(), inputs=(torch.arange(3),))
+    (row,) = report.swapped
+    assert row.error is None
+    assert "not compared: the whole model does not run in float64" in row.reason
 
 
 def test_part_swapped_before_joins_the_group_of_its_network():

@@ -144,30 +144,39 @@ def network_difference(model: nn.Module, swap: Callable[[nn.Module], Any], input
     """The largest difference between a network and its copy that `swap` has swapped, in float64.
 
     Compared are outputs, gradients and the state afterwards, in training and in eval mode; random numbers are the same.
+    What the forward does not use is left out.
+
+    Raises:
+        NotComparable: the network does not run in float64.
     """
     host = safe_copy(model).to(dtype=torch.float64)
-    inputs = tree_map(
-        lambda t: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t, tuple(inputs)
-    )
-    largest = 0.0
     devices = list({t.device for t in host.parameters() if t.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices), torch.no_grad():
         host.train()
-        for _ in range(WARM_UP):
-            host(*inputs)
+        try:
+            for _ in range(WARM_UP):
+                host(*_doubled(inputs))
+        except Exception as error:
+            raise NotComparable(f"the whole model does not run in float64 ({told(error)})") from error
+    largest = 0.0
     for training in (True, False):
         twin = safe_copy(host)
         swap(twin)
-        found = []
+        found: list[list[Tensor]] = []
+        unused: tuple[str, ...] = ()
         for network in (safe_copy(host), twin):
             with torch.random.fork_rng(devices=devices), torch.enable_grad():
                 torch.manual_seed(0)
-                results = tree_leaves(network.train(training)(*inputs))
+                results = tree_leaves(network.train(training)(*_doubled(inputs)))
                 outputs = [t.tensor() if hasattr(t, "tensor") else t for t in results]
                 outputs = [t for t in outputs if isinstance(t, Tensor) and t.is_floating_point()]
-                wanted = [p for p in network.parameters() if p.requires_grad]
-                grads = _gradients(outputs, wanted)
-            found.append([t.detach().clone() for t in (*outputs, *grads, *network.state_dict().values())])
+                wanted = {name: p for name, p in network.named_parameters() if p.requires_grad}
+                grads = dict(zip(wanted, _gradients(outputs, list(wanted.values())), strict=True))
+            if not found:
+                unused = tuple(f"{name.rpartition('.')[0]}." for name, grad in grads.items() if grad is None)
+            known = grads | network.state_dict(prefix="state ")
+            kept = (t for name, t in known.items() if not name.removeprefix("state ").startswith(unused))
+            found.append([t.detach().clone() for t in (*outputs, *kept) if isinstance(t, Tensor)])
         largest = max(largest, difference(*found))
     return largest
 
@@ -208,7 +217,9 @@ def _run(layer: nn.Module, x: Tensor) -> Iterator[tuple[str, list[Tensor]]]:
         x = x.clone().requires_grad_()
         outputs = _tensors(layer(x))
         yield "output", outputs
-        yield "gradient", _gradients(outputs, [x, *(p for p in layer.parameters() if p.requires_grad)])
+        wanted = [x, *(p for p in layer.parameters() if p.requires_grad)]
+        grads = zip(_gradients(outputs, wanted), wanted, strict=True)
+        yield "gradient", [torch.zeros_like(p) if grad is None else grad for grad, p in grads]
     yield "state", [t.detach().double().clone() for t in layer.state_dict().values() if isinstance(t, Tensor)]
 
 
@@ -223,9 +234,19 @@ def _input(batch: int, width: int, size: tuple[int, int]) -> Tensor:
     return torch.randn(batch, width, *size, dtype=torch.float64, generator=generator, device="cpu")
 
 
-def _gradients(outputs: list[Tensor], wanted: list[Tensor]) -> list[Tensor]:
-    """Of a sum of the outputs in which every element has another factor."""
-    loss = torch.zeros((), dtype=torch.float64, device=outputs[0].device, requires_grad=True) * 1
+def _gradients(outputs: list[Tensor], wanted: list[Tensor]) -> list[Tensor | None]:
+    """Of a sum of the outputs in which every element has another factor; None where nothing depends on it."""
+    loss: Any = 0.0
     for t in outputs:
         loss = loss + (t * torch.linspace(-1, 1, t.numel(), dtype=t.dtype, device=t.device).view_as(t)).sum()
-    return list(torch.autograd.grad(loss, wanted, materialize_grads=True)) if wanted else []
+    if not wanted or not isinstance(loss, Tensor) or not loss.requires_grad:
+        return [None] * len(wanted)
+    return list(torch.autograd.grad(loss, wanted, allow_unused=True))
+
+
+def _doubled(inputs: Sequence[Any]) -> Any:
+    """The arguments in float64, each a tensor of its own, since a network may work in place."""
+    return tree_map(
+        lambda t: (t.double() if t.is_floating_point() else t).clone() if isinstance(t, Tensor) else t,
+        tuple(inputs),
+    )

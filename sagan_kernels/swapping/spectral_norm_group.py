@@ -129,9 +129,12 @@ def group_spectral_norms(model: nn.Module, *, verify: bool, inputs: Sequence[Any
     With `verify` a copy of one layer of each class with a method is compared first, and with `inputs` of the model's
     forward, copies of the whole model.
     """
-    error = None
+    error, not_compared = None, ""
     if verify and inputs is not None and any(_norms(network) for _, network in networks(model)):
-        error = network_difference(model, lambda twin: list(_group(twin, verify=False)), inputs)
+        try:
+            error = network_difference(model, lambda twin: list(_group(twin, verify=False)), inputs)
+        except NotComparable as refusal:
+            not_compared = f"; not compared: {refusal}"
     if error is not None and not error <= NETWORK_TOLERANCE:
         reason = (
             f"grouped, the whole model's numbers differ by {error:.0e}; is a layer used twice in a forward?"
@@ -141,7 +144,8 @@ def group_spectral_norms(model: nn.Module, *, verify: bool, inputs: Sequence[Any
                 yield _row(stem, found, "kept", reason)
         return
     for row in _group(model, verify):
-        yield replace(row, error=error) if row.status == "swapped" else row
+        swapped = row.status == "swapped"
+        yield replace(row, error=error, reason=row.reason + not_compared) if swapped else row
 
 
 def networks(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
