@@ -357,7 +357,7 @@ def test_group_is_that_of_the_network_itself(wrap):
 
 
 def test_layer_that_no_forward_uses_does_not_forbid_a_group():
-    network = voletiv.Discriminator(conv_dim=1)
+    network = voletiv.Discriminator()
     assert "snconv2d0" in dict(network.block5.named_modules())  # its shortcut is never called
     inputs = torch.randn(2, 3, 128, 128), torch.arange(2)
     report = swap_layers(network, attention=False, inputs=inputs)

@@ -492,6 +492,32 @@ def test_module_called_attention_of_unknown_form_is_reported():
     assert (row.path, row.status) == ("block", "unknown")
 
 
+def test_attention_over_tokens_is_unknown_and_other_blocks_of_projections_are_passed_over():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k, self.v, self.proj = (nn.Linear(16, 16) for _ in range(4))
+
+        def forward(self, tokens):
+            a = torch.softmax(self.q(tokens) @ self.k(tokens).mT, -1)
+            return self.proj(a @ self.v(tokens))
+
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = (nn.Conv2d(16, 16, 1) for _ in range(3))
+            self.gain = nn.Parameter(torch.ones(1))
+
+        def forward(self, x):
+            return x + self.gain * self.c(self.a(x) * self.b(x))
+
+    report = swap_layers(
+        nn.Sequential(Attention(), Mixed(), biggan_pytorch.Attention(16)), spectral_norm=False
+    )
+    assert [(row.path, row.status) for row in report] == [("2", "swapped"), ("0", "unknown")]
+    assert "does not run" in report.rows[1].reason
+
+
 @pytest.mark.parametrize("strict", [False, True])
 def test_nothing_to_swap_is_said(strict):
     made = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1))

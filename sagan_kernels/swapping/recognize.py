@@ -86,6 +86,11 @@ def not_ours(layer: nn.Module) -> str | None:
     return None
 
 
+def has_softmax(layer: nn.Module) -> bool:
+    """Whether one of the layer's children is a softmax."""
+    return any(isinstance(child, nn.Softmax | nn.Softmax2d) for child in layer.children())
+
+
 def called_attention(layer: nn.Module) -> bool:
     """Whether the name of the module's class says attention."""
     name = getattr(layer, "original_name", type(layer).__name__)  # that of a scripted module is its own

@@ -154,9 +154,11 @@ def _swap_layer(path: str, layer: nn.Module, verify: bool, size: tuple[int, int]
         return row("", "not ours", reason)
     known = recognize.known_forms(layer)
     possible = list(recognize.possible_forms(layer))
-    called = recognize.called_attention(layer)
-    if not known and (not possible or (possible[0].gamma is None and not called)):
-        return row("", "unknown", "called attention, yet of no form known here") if called else None
+    named = recognize.called_attention(layer)
+    if not known and not (
+        possible and (named or recognize.has_softmax(layer) or possible[0].gamma is not None)
+    ):
+        return row("", "unknown", "called attention, yet of no form known here") if named else None
     if parametrize.is_parametrized(layer):
         return row(_name(known), "refused", "the layer itself is parametrized; swap before that")
     if not verify:
@@ -164,13 +166,16 @@ def _swap_layer(path: str, layer: nn.Module, verify: bool, size: tuple[int, int]
     try:
         variant, error = _proven_form(layer, known, possible)
     except NotComparable as refusal:
-        return row(_name(known), "refused", str(refusal))
+        if known:
+            return row(_name(known), "refused", str(refusal))
+        return row("", "unknown", str(refusal)) if named else None
     if error > TOLERANCE:
         if recognize.is_named(layer, variant):
             return row(variant.name, "refused", f"numbers differ by {error:.0e}", error=error)
-        return row(
-            "", "unknown", f"no known form gives its numbers; they differ by {error:.0e} or more", error=error
-        )
+        if known or named or recognize.has_softmax(layer):
+            reason = f"no known form gives its numbers; they differ by {error:.0e} or more"
+            return row("", "unknown", reason, error=error)
+        return None  # projections and a gain, of which there are many kinds
     swap_class(layer, SwappedAttention, variant)
     return _swapped(layer, row, size, error)
 
