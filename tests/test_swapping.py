@@ -477,6 +477,26 @@ def test_attention_of_other_families_is_named_as_not_ours(host):
     assert "attention" in row.reason
 
 
+def test_layers_of_ours_are_kept():
+    report = swap_layers(
+        sagan_kernels.Generator(resolution=32, base_channels=8, attention_at=[16]), strict=True
+    )
+    assert [row.status for row in report if row.kind == "attention"] == ["kept"]
+
+
+@pytest.mark.parametrize("host", [biggan_pytorch.Attention, studiogan.SelfAttention, heykeetae.Self_Attn])
+def test_autocast_gives_the_hosts_dtype_and_numbers(host):
+    made, twin = (each.float() for each in pair(host, 64))
+    x = features(2, 64, 8, 8).detach().float()
+    expected, found = [], []
+    for dtype in (torch.float32, torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            expected.append(first(made(x.to(dtype))))
+            found.append(first(twin(x.to(dtype))))
+    for theirs, ours in zip(expected, found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.05)
+
+
 def test_module_called_attention_of_unknown_form_is_reported():
     class WindowAttention(nn.Module):
         def __init__(self):

@@ -104,9 +104,8 @@ def _fused(layer: nn.Module, variant: Variant, x: Tensor) -> Tensor | None:
     if variant.gamma is None or variant.after is not None:
         return None
     paths = [variant.query, variant.key, variant.value, *([] if variant.out is None else [variant.out])]
-    if not all(
-        has_weight(layer, path) for path in paths
-    ):  # asked first: computing a weight may change its layer
+    # asked of all first: computing a weight may change its layer
+    if not all(has_weight(layer, path) for path in paths):
         return None
     weights = [weight_and_bias(layer, path) for path in paths]
     (query, query_bias), (key, key_bias), (value, value_bias) = weights[:3]
@@ -115,8 +114,11 @@ def _fused(layer: nn.Module, variant: Variant, x: Tensor) -> Tensor | None:
     if scale != 1:
         query = query * scale
         query_bias = query_bias if query_bias is None else query_bias * scale
+    gamma: Tensor = getattr(layer, variant.gamma)
+    if gamma.ndim:  # under autocast the host's sum is then in gamma's dtype
+        x = x.to(torch.promote_types(x.dtype, gamma.dtype))
     return sagan_attention(
-        x, query, key, value, out, getattr(layer, variant.gamma),
+        x, query, key, value, out, gamma,
         query_bias=query_bias, key_bias=key_bias, value_bias=value_bias, out_bias=out_bias,
         pool=variant.pool, normalize=variant.normalize,
     )  # fmt: skip

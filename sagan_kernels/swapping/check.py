@@ -20,7 +20,6 @@ NETWORK_TOLERANCE = 1e-8
 SIZES = ((6, 8), (8, 8))
 """Height and width of the random inputs: the first that the host takes, and no square where it can be avoided."""
 
-
 WARM_UP = 10
 """Forwards before the comparison: spectral norm of a fresh layer may give weights so large that rounding shows."""
 
@@ -64,7 +63,7 @@ def float64_copy(module: nn.Module) -> Any:
         for key, hook in list(part._forward_pre_hooks.items()):
             if not is_weight_hook(hook):
                 del part._forward_pre_hooks[key]
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator("cpu").manual_seed(1)
     for name, parameter in twin.named_parameters():
         if not parameter.any():
             parameter.data.normal_(generator=generator).add_(0.5)
@@ -171,7 +170,7 @@ def network_difference(model: nn.Module, swap: Callable[[nn.Module], Any], input
                 outputs = [t.tensor() if hasattr(t, "tensor") else t for t in results]
                 outputs = [t for t in outputs if isinstance(t, Tensor) and t.is_floating_point()]
                 wanted = {name: p for name, p in network.named_parameters() if p.requires_grad}
-                grads = dict(zip(wanted, _gradients(outputs, list(wanted.values())), strict=True))
+                grads = dict(zip(wanted, gradients(outputs, list(wanted.values())), strict=True))
             if not found:
                 unused = tuple(f"{name.rpartition('.')[0]}." for name, grad in grads.items() if grad is None)
             known = grads | network.state_dict(prefix="state ")
@@ -191,6 +190,16 @@ def difference(theirs: list[Tensor], ours: list[Tensor]) -> float:
             error = ((a - b.detach()).abs().max() / a.abs().max().clamp(min=1)).item()
             largest = max(largest, error if error == error else float("inf"))
     return largest
+
+
+def gradients(outputs: list[Tensor], wanted: list[Tensor]) -> list[Tensor | None]:
+    """Of a sum of the outputs in which every element has another factor; None where nothing depends on it."""
+    loss: Any = 0.0
+    for t in outputs:
+        loss = loss + (t * torch.linspace(-1, 1, t.numel(), dtype=t.dtype, device=t.device).view_as(t)).sum()
+    if not wanted or not isinstance(loss, Tensor) or not loss.requires_grad:
+        return [None] * len(wanted)
+    return list(torch.autograd.grad(loss, wanted, allow_unused=True))
 
 
 def told(error: Exception | None) -> str:
@@ -218,7 +227,7 @@ def _run(layer: nn.Module, x: Tensor) -> Iterator[tuple[str, list[Tensor]]]:
         outputs = _tensors(layer(x))
         yield "output", outputs
         wanted = [x, *(p for p in layer.parameters() if p.requires_grad)]
-        grads = zip(_gradients(outputs, wanted), wanted, strict=True)
+        grads = zip(gradients(outputs, wanted), wanted, strict=True)
         yield "gradient", [torch.zeros_like(p) if grad is None else grad for grad, p in grads]
     yield "state", [t.detach().double().clone() for t in layer.state_dict().values() if isinstance(t, Tensor)]
 
@@ -230,18 +239,8 @@ def _tensors(result: Any) -> list[Tensor]:
 
 
 def _input(batch: int, width: int, size: tuple[int, int]) -> Tensor:
-    generator = torch.Generator().manual_seed(batch)
+    generator = torch.Generator("cpu").manual_seed(batch)
     return torch.randn(batch, width, *size, dtype=torch.float64, generator=generator, device="cpu")
-
-
-def _gradients(outputs: list[Tensor], wanted: list[Tensor]) -> list[Tensor | None]:
-    """Of a sum of the outputs in which every element has another factor; None where nothing depends on it."""
-    loss: Any = 0.0
-    for t in outputs:
-        loss = loss + (t * torch.linspace(-1, 1, t.numel(), dtype=t.dtype, device=t.device).view_as(t)).sum()
-    if not wanted or not isinstance(loss, Tensor) or not loss.requires_grad:
-        return [None] * len(wanted)
-    return list(torch.autograd.grad(loss, wanted, allow_unused=True))
 
 
 def _doubled(inputs: Sequence[Any]) -> Any:

@@ -19,6 +19,7 @@ from sagan_kernels.swapping.check import (
     NotComparable,
     difference,
     float64_copy,
+    gradients,
     safe_copy,
     told,
 )
@@ -171,10 +172,9 @@ def _wrapper_difference(part: nn.Module, form: WrapperForm) -> float:
                     raise NotComparable(
                         f"it does not run on a {tuple(x.shape)} input ({told(error)})"
                     ) from error
-                loss = (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum()
-                (grad,) = torch.autograd.grad(loss, _tensor(twin, form.weight))
+                (grad,) = gradients([y], [_tensor(twin, form.weight)])
             state = [_tensor(twin, path) for path in (form.u, form.v)] if training else []
-            found.append([t.detach().clone() for t in (y, grad, *state)])
+            found.append([t.detach().clone() for t in (y, grad, *state) if t is not None])
         largest = max(largest, difference(*found))
     return largest
 
@@ -195,9 +195,9 @@ def _hook_difference(part: nn.Module) -> float:
 
 def _input_of(module: nn.Module) -> Tensor:
     """A random input for the module that is wrapped."""
-    generator = torch.Generator().manual_seed(2)
+    generator = torch.Generator("cpu").manual_seed(2)
     if isinstance(module, nn.Embedding):
-        return torch.arange(min(3, module.num_embeddings))
+        return torch.arange(min(3, module.num_embeddings), device="cpu")
     if isinstance(module, nn.Linear):
         shape: tuple[int, ...] = (3, module.in_features)
     elif isinstance(module, nn.modules.conv._ConvNd):
@@ -205,7 +205,7 @@ def _input_of(module: nn.Module) -> Tensor:
         shape = (2, module.in_channels, *sides)
     else:
         raise NotComparable(f"it wraps a {type(module).__name__}: no convolution, linear layer or embedding")
-    return torch.randn(shape, dtype=torch.float64, generator=generator)
+    return torch.randn(shape, dtype=torch.float64, generator=generator, device="cpu")
 
 
 def _wrapper_form(part: nn.Module) -> WrapperForm | None:

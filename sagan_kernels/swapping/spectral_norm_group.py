@@ -18,6 +18,7 @@ from sagan_kernels.swapping.check import (
     NotComparable,
     difference,
     float64_copy,
+    gradients,
     network_difference,
 )
 from sagan_kernels.swapping.projections import weight_method
@@ -261,9 +262,8 @@ def _method_difference(found: FoundMethod) -> float:
                     )
                 else:
                     result = getattr(layer, found.form.method)()
-                factors = torch.linspace(-1, 1, result.numel(), dtype=result.dtype).view_as(result)
-                (grad,) = torch.autograd.grad((result * factors).sum(), twin.weight)
-            results.append([result.detach(), grad, twin.u.clone()])
+                (grad,) = gradients([result], [twin.weight])
+            results.append([result.detach(), *([] if grad is None else [grad]), twin.u.clone()])
         largest = max(largest, difference(*results))
     return largest
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from sagan_kernels.nn import PaperSelfAttention2d, SelfAttention2d
 from sagan_kernels.ops.attention_tiles import stores_map
 from sagan_kernels.swapping import recognize
 from sagan_kernels.swapping.attention import SwappedAttention
@@ -149,6 +150,8 @@ def _swap_layer(path: str, layer: nn.Module, verify: bool, size: tuple[int, int]
         if not recognize.called_attention(layer):
             return None
         return row("", "refused", "it is scripted; swap before torch.jit.script")
+    if isinstance(layer, SelfAttention2d | PaperSelfAttention2d):
+        return row("sagan_kernels", "kept", "it is ours")
     reason = recognize.not_ours(layer)
     if reason is not None:
         return row("", "not ours", reason)
