@@ -191,6 +191,19 @@ def test_arguments_that_the_host_does_not_use_are_taken():
     torch.testing.assert_close(twin(x=x), made(x), **MATCH)
 
 
+def test_arguments_of_unknown_meaning_go_to_the_host():
+    class Masked(mimicry.SelfAttention):
+        def forward(self, x, mask=None):
+            y = super().forward(x)
+            return y if mask is None else y * mask
+
+    made, twin = pair(Masked)
+    x, mask = features(), torch.rand(6, 10, dtype=torch.float64)
+    torch.testing.assert_close(twin(x, mask), made(x, mask), **MATCH)
+    torch.testing.assert_close(twin(x, mask=mask), made(x, mask=mask), **MATCH)
+    torch.testing.assert_close(twin(x), made(x), **MATCH)
+
+
 def test_input_of_other_axes_goes_to_the_host():
     made, twin = pair(fastai.SelfAttention)
     x = torch.randn(2, 16, 9, dtype=torch.float64)

@@ -3,6 +3,7 @@
 import itertools
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -23,9 +24,13 @@ class Projection(NamedTuple):
 
 
 def known_forms(layer: nn.Module) -> list[Variant]:
-    """Rows of the table whose names the layer has; those that name its class come first."""
+    """Rows of the table whose names the layer has; those that name its class come first.
+
+    What a class does with further arguments is known of that class only.
+    """
     fitting = [variant for variant in VARIANTS if _fits(layer, variant)]
-    return sorted(fitting, key=lambda variant: not is_named(layer, variant))
+    named = [variant for variant in fitting if is_named(layer, variant)]
+    return named + [replace(variant, ignores_rest=False) for variant in fitting if variant not in named]
 
 
 def is_named(layer: nn.Module, variant: Variant) -> bool:
