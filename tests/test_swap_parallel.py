@@ -1,6 +1,7 @@
 """Swapped networks in the wrappers of distributed training, and beside an average of their weights."""
 
 import copy
+import itertools
 
 import torch
 import torch.distributed as dist
@@ -26,12 +27,14 @@ def trained(network, inputs, steps=2):
 def distributed(rank, world, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     torch.manual_seed(0)
-    start = biggan_pytorch.Discriminator().double()
-    nn.init.ones_(start.blocks[0][1].gamma)
     inputs = torch.randn(2, 3, 32, 32, dtype=torch.float64) + rank, torch.arange(2)
     states = []
-    for swap in (None, "before", "after"):
-        network = copy.deepcopy(start)
+    for host, swap in itertools.product((biggan_pytorch, studiogan), (None, "before", "after")):
+        torch.manual_seed(0)
+        network = host.Discriminator().double()
+        for name, parameter in network.named_parameters():
+            if name.endswith(("gamma", "sigma")):
+                nn.init.ones_(parameter)
         if swap == "before":
             swap_layers(network)
         parallel = DistributedDataParallel(network)
@@ -47,9 +50,9 @@ def test_distributed_training_is_the_hosts(tmp_path):
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     weight = "blocks.0.1.theta.weight"
     torch.testing.assert_close(ranks[0][1][weight], ranks[1][1][weight], rtol=0, atol=0)
-    for host, *others in ranks:
-        for state in others:
-            for key, tensor in host.items():
+    for states in ranks:
+        for host, *others in (states[:3], states[3:]):
+            for state, (key, tensor) in itertools.product(others, host.items()):
                 torch.testing.assert_close(state[key], tensor, **MATCH, msg=key)
 
 

@@ -45,6 +45,7 @@ LISTED = {
 UNLISTED = {
     "scaled": unlisted.ScaledBlock,
     "non-local": unlisted.NonLocalBlock,
+    "nameless": unlisted.EmbeddedGaussian,
     "linear": unlisted.LinearProjections,
 }
 every_host = pytest.mark.parametrize("host", (LISTED | UNLISTED).values(), ids=(LISTED | UNLISTED).keys())
@@ -151,6 +152,7 @@ def test_without_verification_a_layer_known_by_name_is_swapped_the_same_way(host
 
 
 @pytest.mark.parametrize("host", UNLISTED.values(), ids=UNLISTED.keys())
+@pytest.mark.filterwarnings("ignore:swap_layers. .*nothing to swap")
 def test_without_verification_a_layer_of_another_name_stays(host):
     made = host(16)
     report = swap_layers(made, verify=False)

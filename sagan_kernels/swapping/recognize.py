@@ -12,7 +12,7 @@ from sagan_kernels.ops.attention import Positions
 from sagan_kernels.swapping.projections import is_pointwise
 from sagan_kernels.swapping.variants import NOT_OURS, VARIANTS, Variant
 
-_CALLED_ATTENTION = re.compile(r"[Aa]tte?n(?:tion)?(?![a-z])|[Nn]on_?[Ll]ocal")
+_CALLED_ATTENTION = re.compile(r"[Aa]tte?n(?:tion)?(?![a-z])|[Nn][Oo][Nn]_?[Ll]ocal")
 
 
 class Projection(NamedTuple):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sagan_kernels.nn import SpectralNormGroup
 from sagan_kernels.nn.spectral_norm import Found, find_spectral_norms, in_backward
-from sagan_kernels.nn.spectral_norm_group import Grouped, groups_in
+from sagan_kernels.nn.spectral_norm_group import Grouped, groups_in, take
 from sagan_kernels.ops.spectral_norm import spectral_normalize
 from sagan_kernels.ops.spectral_norm_layout import Rule
 from sagan_kernels.swapping.check import (
@@ -279,8 +279,8 @@ def _row(stem: str, found: Found, status: Status, reason: str) -> Row:
 
 def _given(layer: Any) -> Tensor:
     """The group's W/σ, and in training its σ into the host's buffer; without a group, what the host computes."""
-    form, result = layer.swapped_form, layer.given
-    if result is None or getattr(layer, "_is_replica", False):
+    form, result = layer.swapped_form, take(layer, layer)
+    if result is None:
         return getattr(layer.swapped_host, form.method)(layer)
     if layer.training and not in_backward():
         with torch.no_grad():

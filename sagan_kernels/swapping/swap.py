@@ -158,10 +158,12 @@ def _swap_layer(path: str, layer: nn.Module, verify: bool, size: tuple[int, int]
     known = recognize.known_forms(layer)
     possible = list(recognize.possible_forms(layer))
     named = recognize.called_attention(layer)
-    if not known and not (
-        possible and (named or recognize.has_softmax(layer) or possible[0].gamma is not None)
-    ):
+    if not known and not possible:
         return row("", "unknown", "called attention, yet of no form known here") if named else None
+    if not known and not verify:
+        return (
+            row("", "unknown", "not known by name; verify=True can prove what it computes") if named else None
+        )
     if parametrize.is_parametrized(layer):
         return row(_name(known), "refused", "the layer itself is parametrized; swap before that")
     if not verify:
@@ -187,9 +189,8 @@ def _swap_by_name(layer: nn.Module, known: list[Variant], row: Any, size: tuple[
     """Swap a layer of a class in the table. Whether it returns a map is asked of the layer itself."""
     named = [variant for variant in known if recognize.is_named(layer, variant)]
     if not named:
-        return row(
-            _name(known), "refused", "not a class known by name; verify=True can prove what it computes"
-        )
+        reason = "its class is not known by name; verify=True can prove what it computes"
+        return row(known[0].name, "refused", reason)
     try:
         with_map = returns_map(layer, _width(layer, named[0]))
     except NotComparable as refusal:
