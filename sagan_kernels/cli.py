@@ -22,6 +22,7 @@ from sagan_kernels.models import Generator
 from sagan_kernels.one_line_errors import OneLineErrors, usage
 from sagan_kernels.ops import choose
 from sagan_kernels.recipe import load_recipe
+from sagan_kernels.swap_command import swap
 
 MAX_SEEDS = 1_000_000
 SPLITS: tuple[Literal["train", "test"], ...] = ("train", "test")
@@ -362,6 +363,9 @@ def doctor_command(as_json: bool) -> None:
     """Say what this machine has, what runs on it and why: paste it into an issue."""
     found = doctor.report()
     click.echo(json.dumps(found, indent=2) if as_json else doctor.text(found))
+
+
+cli.add_command(swap)
 
 
 def parse_seeds(text: str) -> list[int]:

@@ -14,7 +14,8 @@ import sagan_kernels
 from sagan_kernels.cli import cli
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
+GUIDES = tuple(str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").rglob("*.md")))
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", *GUIDES)
 
 
 def read(name: str) -> str:
@@ -68,7 +69,22 @@ def test_relative_links_lead_to_files(name):
     links = re.findall(r"\]\(([^)\s]+)\)", read(name))
     links += re.findall(r"""(?:src|href)=["']([^"']+)""", read(name))
     local = [link.partition("#")[0] for link in links if not urlsplit(link).scheme]
-    assert [link for link in local if link and not (ROOT / link).exists()] == []
+    assert [link for link in local if link and not (ROOT / name).parent.joinpath(link).exists()] == []
+
+
+def test_every_project_that_is_recognized_has_a_guide():
+    from sagan_kernels.swapping.variants import VARIANTS
+
+    text = "".join(read(name) for name in GUIDES)
+    missing = [
+        v.name for v in VARIANTS if not all(name.split(".")[0] in text for name in (v.query, v.key, v.value))
+    ]
+    assert missing == []
+    assert all(
+        f"({name.removeprefix('docs/')})" in read("docs/swapping.md")
+        for name in GUIDES
+        if "swapping/" in name
+    )
 
 
 def test_changelog_keeps_to_its_form():
