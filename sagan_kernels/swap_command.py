@@ -3,6 +3,7 @@
 import importlib
 import json
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -47,13 +48,14 @@ def swap(
     """
     with usage():
         models = dict(_models(_call(factory), factory))
-    reports = {
-        name: swap_layers(
-            model, attention=not no_attention, spectral_norm=not no_spectral_norm, verify=not no_verify,
-            strict=strict, faithful=faithful,
-        )
-        for name, model in models.items()
-    }  # fmt: skip
+    with warnings.catch_warnings(category=UserWarning, action="ignore"):  # the report has them
+        reports = {
+            name: swap_layers(
+                model, attention=not no_attention, spectral_norm=not no_spectral_norm, verify=not no_verify,
+                strict=strict, faithful=faithful,
+            )
+            for name, model in models.items()
+        }  # fmt: skip
     if as_json:
         click.echo(json.dumps({name: report.to_dict() for name, report in reports.items()}, indent=2))
         return
