@@ -4,6 +4,7 @@ The three ceilings are measured on the device at hand, never read from a data sh
 the three, as if they overlapped perfectly, so the fraction of it that is reached is below one.
 """
 
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -82,14 +83,14 @@ def measure_ceilings(device: torch.device, dtypes: list[str]) -> Ceilings:
     gpu = device.type == "cuda"
     source = torch.ones(2**28 if gpu else 2**25, device=device)
     target = torch.empty_like(source)
-    copied = 2 * source.numel() * source.element_size() / _best(lambda: target.copy_(source), gpu)
+    copied = 2 * source.numel() * source.element_size() / _best(functools.partial(target.copy_, source), gpu)
     del source, target
     n = 8192 if gpu else 1024
     flops = {}
     for dtype in dtypes:
         with measuring.arithmetic(dtype):
             a, b = (torch.randn(n, n, device=device).to(measuring.DTYPES[dtype]) for _ in range(2))
-            flops[dtype] = 2 * n**3 / _best(lambda a=a, b=b: a @ b, gpu)
+            flops[dtype] = 2 * n**3 / _best(functools.partial(torch.mm, a, b), gpu)
     return Ceilings(copied, flops, _exponentials_on_gpu() if gpu else _exponentials_on_cpu())
 
 
