@@ -1,7 +1,7 @@
-"""Attention, the product alone and the whole SAGAN layer, against the strongest alternatives. pytest benchmarks -k attention.
+"""The attention product, and the whole SAGAN layer, against the strongest alternatives. pytest benchmarks -k attention.
 
 Forward, forward + backward, and an R1 step (the gradient of the squared slope), at the shapes that published SAGANs and
-BigGANs run. BENCH_BATCHES, such as "1 8 64", and BENCH_DTYPES, such as "float32 bfloat16", choose others than a device's own.
+BigGANs run. BENCH_BATCHES, such as "1 8 64", and BENCH_DTYPES, such as "float32 bfloat16", replace a device's own.
 """
 
 import os
@@ -34,7 +34,7 @@ VARIED = ("D64 32×32 C64", "D128 64×64 C64")
 
 
 def cases():
-    for name, (L, S, _, _) in SHAPES.items():
+    for name in SHAPES:
         for batch in BATCHES:
             for dtype in DTYPES:
                 for layout in ("NCHW", "NHWC") if GPU else ("NCHW",):
@@ -75,7 +75,7 @@ def core(task, name, shape, batch, dtype, layout):
 
 def layer(task, name, shape, batch, dtype, layout):
     """The layer of the released code, or the paper's where keys are as many as queries."""
-    L, S, E, Ev = shape
+    L, S, _, Ev = shape
     side, kind = int(L**0.5), SelfAttention2d if 4 * S == L else PaperSelfAttention2d
     C = 2 * Ev if 4 * S == L else Ev
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Fixtures of the benchmarks: pinned threads, and contenders measured in turn; what the results file says of the run."""
+"""Fixtures of the benchmarks: pinned threads, contenders measured in turn, and what a results file says of its run."""
 
 import dataclasses
 import os

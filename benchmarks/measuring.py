@@ -112,7 +112,7 @@ def check(case: Case) -> dict[str, Measured]:
     Raises:
         AssertionError: a result is wrong, whoever computed it.
     """
-    expected = _tensors(case.expected())
+    expected = tensors(case.expected())
     found = {}
     baseline: list[float] = []
     for name, contender in case.contenders.items():
@@ -120,7 +120,7 @@ def check(case: Case) -> dict[str, Measured]:
         try:
             with _own_warnings(contender):
                 start = time.perf_counter()
-                results = _tensors(contender.call())
+                results = tensors(contender.call())
                 synchronize()
                 if contender.compiles:
                     measured.compile_s = round(time.perf_counter() - start, 2)
@@ -292,7 +292,8 @@ def arithmetic(dtype: str) -> Iterator[None]:
             backend.fp32_precision = precision
 
 
-def _tensors(results: Any) -> list[torch.Tensor]:
+def tensors(results: Any) -> list[torch.Tensor]:
+    """A result, or several, as a list."""
     return [results] if isinstance(results, torch.Tensor) else list(results)
 
 

@@ -1,4 +1,4 @@
-"""Tables and plots of measured results: python -m benchmarks.report RESULTS.json... [--against OLD.json] [--out FOLDER].
+"""Tables and plots of results: python -m benchmarks.report RESULTS.json... [--against OLD.json] [--out FOLDER].
 
 Takes what `pytest benchmarks --benchmark-only --benchmark-json=RESULTS.json` and `python -m benchmarks.scaling` write.
 Prints Markdown. With --out, writes report.md and the plots there; plots need matplotlib, which the extra `dev` has.
