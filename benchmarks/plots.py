@@ -68,7 +68,7 @@ def speedups(cases: list[Row], title: str) -> Any:
         low, high = axes.get_xlim()
         axes.set_xlim(min(low, 0.5), max(high, 2))
         axes.axvline(1, color="black", linewidth=1)
-        _plain_ticks(axes)
+        _plain_ticks(axes.xaxis)
         axes.set_title(f"{task}: speed over eager")
     _legend(figure, contenders, "× marks a contender that cannot run; left of the line is slower than eager")
     return figure
@@ -95,7 +95,7 @@ def roofline(cases: list[Row], run: Row, title: str) -> Any:
                     )
         axes.set_xscale("log")
         axes.axvline(100, color="black", linewidth=1)
-        _plain_ticks(axes)
+        _plain_ticks(axes.xaxis)
         axes.set_title(f"{task}: % of the roofline")
     _legend(figure, contenders, "right of each row: the resource that sets the bound")
     return figure
@@ -138,6 +138,10 @@ def _curves(curves: list[Row], key: str, unit: str, title: str) -> Any:
                 )
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
+        low, high = axes.get_ylim()
+        middle = (low * high) ** 0.5
+        axes.set_ylim(min(low, middle / 4), max(high, middle * 4))
+        _plain_ticks(axes.yaxis)
         xs = sorted({x for c in curves if (c["what"], c["axis"]) == what for x in c["x"]})
         axes.set_xticks(xs, [str(x) for x in xs])
         axes.set_xlabel(what[1])
@@ -187,14 +191,13 @@ def _colour(contender: str) -> str:
     return COLOURS.get(contender, "#bcbd22")
 
 
-def _plain_ticks(axes: Any) -> None:
+def _plain_ticks(axis: Any) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-    low, high = axes.get_xlim()
-    decades = high / low
-    axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if decades > 1e3 else (1.0, 2.0, 5.0)))
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1.0,) if high / low > 300 else (1.0, 2.0, 5.0)))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _legend(figure: Any, contenders: list[str], note: str) -> None:
