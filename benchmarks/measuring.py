@@ -114,7 +114,7 @@ def check(case: Case) -> dict[str, Measured]:
         AssertionError: a result is wrong, whoever computed it.
     """
     expected = None if case.expected is None else tensors(case.expected())
-    first, ours = list(case.contenders)[0], list(case.contenders)[-1]
+    first, *_, ours = case.contenders
     found = {}
     baseline: list[float] = []
     for name, contender in case.contenders.items():

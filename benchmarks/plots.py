@@ -33,11 +33,9 @@ def write_all(results: list[dict[str, Any]], folder: Path) -> Iterator[Path]:
     matplotlib.use("agg")
     for result in results:
         kind = result["run"]["kind"]
-        groups = dict.fromkeys((c["suite"], c["dtype"], c["layout"]) for c in result["cases"])
-        for group in groups:
-            cases = [c for c in result["cases"] if (c["suite"], c["dtype"], c["layout"]) == group]
-            name = re.sub(r"\W+", "_", f"{kind} {' '.join(group)}")
-            title = f"{', '.join(group)} on {result['run']['device']}, {result['run']['threads']} threads"
+        for told, cases in _figures(result["cases"]):
+            name = re.sub(r"\W+", "_", " ".join([kind, *told]))
+            title = f"{', '.join(told)} on {result['run']['device']}, {result['run']['threads']} threads"
             yield _save(speedups(cases, title), folder / f"{name}_speedup.png")
             if any(case["work"] for case in cases):
                 yield _save(roofline(cases, result["run"], title), folder / f"{name}_roofline.png")
@@ -86,6 +84,7 @@ def roofline(cases: list[Row], run: Row, title: str) -> Any:
             case = by_shape.get(name)
             if case is None:
                 continue
+            resource = ""
             for contender, row in case["contenders"].items():
                 reached = (
                     fraction(case, row["median_ms"], run.get("ceilings")) if "median_ms" in row else None
@@ -93,9 +92,11 @@ def roofline(cases: list[Row], run: Row, title: str) -> Any:
                 if reached:
                     size = 70 if contender == OURS else 30
                     axes.scatter(100 * reached[0], y, s=size, color=_colour(contender), zorder=3)
-                    axes.annotate(
-                        reached[1], (1.01, y), xycoords=("axes fraction", "data"), fontsize=7, va="center"
-                    )
+                    resource = reached[1]
+            if resource:
+                axes.annotate(
+                    resource, (1.01, y), xycoords=("axes fraction", "data"), fontsize=7, va="center"
+                )
         axes.set_xscale("log")
         axes.axvline(100, color="black", linewidth=1)
         _plain_ticks(axes.xaxis)
@@ -153,6 +154,19 @@ def _curves(curves: list[Row], key: str, unit: str, title: str) -> Any:
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     return figure
+
+
+def _figures(cases: list[Row]) -> Iterator[tuple[tuple[str, ...], list[Row]]]:
+    """Cases that fit one figure, with what they have in common; a batch size has its own where there are many."""
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for case in cases:
+        groups.setdefault((case["suite"], case["dtype"], case["layout"]), []).append(case)
+    for told, group in groups.items():
+        if len({_label(case) for case in group}) <= 24:
+            yield told, group
+            continue
+        for batch in dict.fromkeys(case["batch"] for case in group):
+            yield (*told, f"B {batch}"), [case for case in group if case["batch"] == batch]
 
 
 def _panels(cases: list[Row], title: str) -> tuple[Any, list[Any], list[str]]:

@@ -93,8 +93,8 @@ def provenance(run: Row) -> str:
 def table(cases: list[Row], run: Row) -> str:
     """Every contender of every case, the losing ones too: time, speed over the first, memory, roofline."""
     lines = [
-        "| task | shape | B | dtype | layout | contender | median ms | images/s | speed over the first | error | peak MiB "
-        "| compile s | of the roofline |",
+        "| task | shape | B | dtype | layout | contender | median ms | images/s | speed over the first | error "
+        "| peak MiB | compile s | of the roofline |",
         "|---|---|---:|---|---|---|---:|---:|---:|---:|---:|---:|---|",
     ]
     for case in cases:
@@ -106,7 +106,8 @@ def table(cases: list[Row], run: Row) -> str:
             else:
                 reached = fraction(case, row["median_ms"], run.get("ceilings"))
                 cells = [
-                    f"{row['median_ms']:.3g}", f"{images_per_s(case, row):.3g}", speed(row), f"{row['error']:.0e}" if "error" in row else "",
+                    f"{row['median_ms']:.3g}", f"{images_per_s(case, row):.3g}", speed(row),
+                    f"{row['error']:.0e}" if "error" in row else "",
                     f"{row['peak_mib']:.1f}" if "peak_mib" in row else "", row.get("compile_s", ""),
                     f"{reached[0]:.0%} ({reached[1]})" if reached else "",
                 ]  # fmt: skip
