@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 GRID := samples.png
 PIP := .venv/bin/python -m pip install --disable-pip-version-check
 
-.PHONY: demo test lint bench environment clean
+.PHONY: demo test lint bench smoke environment clean
 .NOTPARALLEL:
 
 demo: .venv/installed
@@ -21,7 +21,11 @@ lint: environment
 	.venv/bin/lint-imports
 
 bench: environment
-	.venv/bin/python -m pytest benchmarks --benchmark-only
+	.venv/bin/python -m pytest benchmarks --benchmark-only --benchmark-json=bench.json
+
+# every benchmark once, at tiny shapes: results are compared, times are not
+smoke: environment
+	.venv/bin/python -m pytest benchmarks -k smoke
 
 environment: .venv/installed-dev
 
@@ -44,4 +48,4 @@ environment: .venv/installed-dev
 	exit 1
 
 clean:
-	rm -rf .venv .benchmarks .import_linter_cache .mypy_cache .pytest_cache .ruff_cache $(GRID)
+	rm -rf .venv .benchmarks .import_linter_cache .mypy_cache .pytest_cache .ruff_cache $(GRID) bench.json

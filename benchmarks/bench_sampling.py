@@ -1,21 +1,21 @@
 """Sampling: the inference form against the generator as other code bases ship it. pytest benchmarks -k sampling."""
 
-import peers
+import copy
+
 import pytest
 import torch
 
+from benchmarks import measuring, peers
 from sagan_kernels.models import Generator
 from sagan_kernels.models.inference import inference_generator
 
 # (resolution, base_channels, attention_at, batch): 128 px with the published placements, 32 px as shipped
 SHAPES = [
-    (128, 32, 64, 1),
-    (128, 32, 64, 8),
-    (128, 64, 64, 1),
-    (128, 32, 32, 1),
-    (32, 32, 16, 1),
-    (32, 32, 16, 8),
-]
+    (128, 32, 64, 1), (128, 32, 64, 8), (128, 64, 64, 1), (128, 32, 32, 1),
+    (32, 32, 16, 1), (32, 32, 16, 8), (32, 32, 16, 64),
+]  # fmt: skip
+if torch.cuda.is_available():
+    SHAPES += [(128, 64, 64, 64), (128, 64, 64, 256)]
 
 
 def trained_like(**settings):
@@ -30,42 +30,39 @@ def trained_like(**settings):
     with torch.no_grad():
         for _ in range(3):
             model(torch.randn(8, model.z_dim), torch.arange(8))  # running statistics, u and v
-    return model.eval()
+    return model.eval().to(measuring.device())
 
 
-def contenders(model, batch):
-    z, label = torch.randn(batch, model.z_dim), torch.arange(batch) % 10
+def case(shape):
+    resolution, base_channels, attention_at, batch = shape
+    model = trained_like(resolution=resolution, base_channels=base_channels, attention_at=[attention_at])
+    device = measuring.device()
+    z, label = torch.randn(batch, model.z_dim).to(device), (torch.arange(batch) % 10).to(device)
     fp32, bf16 = inference_generator(model), inference_generator(model, dtype=torch.bfloat16)
-
-    def eager():
-        with torch.no_grad():
-            return peers.generator(model, z, label)
-
-    def ours_training_form():
-        with torch.no_grad():
-            return model(z, label)
-
-    calls = {
-        "eager": eager,
-        "ours, training form": ours_training_form,
-        "ours, inference form, bf16": lambda: bf16(z, label),
-        "ours, inference form": lambda: fp32(z, label),
-    }
-    expected = eager()  # a wrong image has no speed
-    torch.testing.assert_close(calls["ours, training form"](), expected, rtol=0, atol=2e-5)
-    torch.testing.assert_close(calls["ours, inference form"](), expected, rtol=0, atol=2e-5)
-    assert (calls["ours, inference form, bf16"]() - expected).abs().mean() < 0.01
-    return calls
+    exact = copy.deepcopy(model).double()
+    eager, compiled = (
+        torch.no_grad()(peers.generator),
+        torch.no_grad()(torch.compile(peers.generator, dynamic=False)),
+    )
+    return measuring.Case(
+        "sampling", "forward", f"{resolution}px ch{base_channels} attention{attention_at}",
+        {
+            measuring.BASELINE: measuring.Contender(lambda: eager(model, z, label)),
+            "torch.compile": measuring.Contender(lambda: compiled(model, z, label), "of eager", compiles=True),
+            "ours, training form": measuring.Contender(lambda: torch.no_grad()(model)(z, label)),
+            "ours, bf16": measuring.Contender(lambda: bf16(z, label), "inference form", tolerance=0.01),
+            measuring.OURS: measuring.Contender(lambda: fp32(z, label), "inference form"),
+        },
+        lambda: eager(exact, z.double(), label),
+        batch=batch,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}px-ch{s[1]}-attention{s[2]}-B{s[3]}")
 def bench_sampling(shape, versus):
-    resolution, base_channels, attention_at, batch = shape
-    model = trained_like(resolution=resolution, base_channels=base_channels, attention_at=[attention_at])
-    rounds = 7 if base_channels * batch * resolution >= 8192 else 31
-    versus(contenders(model, batch), rounds=rounds, shape=str(shape), dtype="float32")
+    resolution, base_channels, _, batch = shape
+    versus(case(shape), rounds=7 if base_channels * batch * resolution >= 8192 else 31)
 
 
 def bench_sampling_smoke(versus):
-    model = trained_like(resolution=32, base_channels=8, attention_at=[16])
-    versus(contenders(model, 2), rounds=1, shape="(32, 8, 16, 2)", dtype="float32")
+    versus(measuring.without_compilers(case((32, 8, 16, 2))), rounds=1)

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils.spectral_norm import SpectralNorm as Hook
 
+from benchmarks import measuring
 from sagan_kernels.models import Discriminator, Generator
 from sagan_kernels.nn import group_spectral_norm, spectral_norm
 
@@ -127,6 +128,12 @@ def checked(models):
     return models
 
 
+def case(step, network, calls):
+    """What `versus` takes; `checked` has compared the results."""
+    named = {name: measuring.Contender(call, compiles=name == "compiled") for name, call in calls.items()}
+    return measuring.Case("spectral norm", step.replace("_", " + "), network, named)
+
+
 def originals(model):
     return [parameter for name, parameter in model.named_parameters() if not name.endswith("bias")]
 
@@ -156,8 +163,7 @@ def evaluation(models):
 @pytest.mark.parametrize("network", NETWORKS)
 def bench_spectral_norm(network, step, versus):
     models = checked(contenders(NETWORKS[network]))
-    layers = len(models["grouped"].layers)
-    versus(step(models), rounds=15, network=network, layers=layers, dtype="float32", step=step.__name__)
+    versus(case(step.__name__, f"{network}, {len(models['grouped'].layers)} layers", step(models)), rounds=15)
 
 
 @pytest.mark.parametrize("network", ["BigGAN128-D-ch16", "SAGAN64-D"])
@@ -174,10 +180,10 @@ def bench_spectral_norm_compiled(network, versus):
         "compiled": lambda: torch.autograd.grad(compiled(), parameters, grads),
         "grouped": steps["grouped"],
     }
-    versus(steps, rounds=15, network=network, dtype="float32", step="forward_backward")
+    versus(case("forward_backward, compiled", network, steps), rounds=15)
 
 
 @pytest.mark.parametrize("step", [forward, forward_backward, evaluation])
 def bench_spectral_norm_smoke(step, versus):
     models = checked(contenders(lambda: [conv(3, 5, 3), nn.Linear(7, 1), nn.Embedding(4, 6), conv(5, 9, 1)]))
-    versus(step(models), rounds=1, network="four layers", dtype="float32", step=step.__name__)
+    versus(case(step.__name__, "four layers", step(models)), rounds=1)

@@ -1,83 +1,72 @@
-"""Fixtures of the benchmarks: what a figure was measured on, and contenders timed in turn within one run."""
+"""Fixtures of the benchmarks: pinned threads, contenders measured in turn, and what a results file says of its run."""
 
+import dataclasses
 import os
-import platform
-import statistics
-import time
 
 import pytest
 import torch
 
-import sagan_kernels
+from benchmarks import measuring, roofline
 
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+torch.backends.cudnn.benchmark = True
 
 
-@pytest.fixture
-def threads():
-    """Intra-op threads of the run: BENCH_THREADS, or all."""
+@pytest.fixture(scope="session", autouse=True)
+def _pinned_threads():
+    """BENCH_THREADS threads, or all, each kept to as many processors."""
     before = torch.get_num_threads()
-    torch.set_num_threads(int(os.environ.get("BENCH_THREADS", before)))
-    yield torch.get_num_threads()
+    threads = int(os.environ.get("BENCH_THREADS", before))
+    torch.set_num_threads(threads)
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_setaffinity") else set()
+    if len(allowed) > threads:
+        os.sched_setaffinity(0, sorted(allowed)[-threads:])
+    yield
     torch.set_num_threads(before)
+    if allowed:
+        os.sched_setaffinity(0, allowed)
 
 
 @pytest.fixture
-def versus(benchmark, threads):
-    """Times contenders A B C, A B C, ... and reports each one's median and its speed over the first.
+def versus(benchmark):
+    """versus(case, rounds=N) checks and times the contenders of a `measuring.Case`.
 
-    The ratio is the median over rounds of (first's time / contender's time) in the same round, so a load that comes
-    and goes meets all of them alike. pytest-benchmark's own columns show the last contender, ours.
+    What counts is in extra_info; pytest-benchmark's own columns show ours alone, from calls of their own.
     """
 
-    def run(contenders, *, rounds=7, **work):
-        names = list(contenders)
-        for call in contenders.values():
-            call()
-        times = {name: [] for name in names}
-        for _ in range(rounds):
-            for name, call in contenders.items():
-                start = time.perf_counter()
-                call()
-                times[name].append(time.perf_counter() - start)
-        first = times[names[0]]
-        benchmark.extra_info.update(
-            work
-            | {
-                "median_ms": {name: round(1e3 * statistics.median(t), 2) for name, t in times.items()},
-                "speedup": {
-                    name: round(statistics.median(a / b for a, b in zip(first, t, strict=True)), 2)
-                    for name, t in times.items()
-                },
-                "baseline": names[0],
-                "device": "cpu",
-                "processor": platform.processor() or platform.machine(),
-                "threads": threads,
-                "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-                "torch": torch.__version__,
-                "sagan_kernels": sagan_kernels.__version__,
-            }
-        )
-        benchmark.pedantic(contenders[names[-1]], rounds=3, iterations=1)
+    def run(case, *, rounds=7):
+        with measuring.arithmetic(case.dtype):
+            found = measuring.measure(case, rounds)
+            benchmark.extra_info.update(measuring.summary(case, found))
+            *_, ours = case.contenders.values()
+            benchmark.pedantic(lambda: (ours.call(), measuring.synchronize()), rounds=3, iterations=1)
 
     return run
 
 
+def pytest_benchmark_update_json(config, benchmarks, output_json):
+    dtypes = sorted({b.extra_info["dtype"] for b in benchmarks if "contenders" in b.extra_info})
+    ceilings = roofline.measure_ceilings(measuring.device(), dtypes)
+    output_json["run"] = measuring.environment() | {"ceilings": dataclasses.asdict(ceilings)}
+
+
 def pytest_terminal_summary(terminalreporter, config):
     session = getattr(config, "_benchmarksession", None)
-    measured = [b for b in getattr(session, "benchmarks", []) if "speedup" in b.extra_info]
+    measured = [b.extra_info for b in getattr(session, "benchmarks", []) if "contenders" in b.extra_info]
     if not measured:
         return
     terminalreporter.write_sep("-", "speed over the first contender, medians of interleaved rounds")
-    info = measured[0].extra_info
+    run = measuring.environment()
     terminalreporter.write_line(
-        f"{info['threads']} threads on {os.cpu_count()} processors, load {info['load'] or 0:.1f} at the start, "
-        f"torch {info['torch']}; more threads and load than processors measure the scheduler, not the networks"
+        f"{run['device']}, {run['threads']} threads on {run['processors']} processors, load {run['load'] or 0:.1f}, "
+        f"torch {run['torch']}; more threads and load than processors measure the scheduler, not the contenders"
     )
-    for bench in measured:
-        info = bench.extra_info
+    for case in measured:
         told = ", ".join(
-            f"{name} {info['speedup'][name]:.2f}x ({info['median_ms'][name]:.1f} ms)"
-            for name in info["speedup"]
+            f"{name} {row['unavailable']}"
+            if "unavailable" in row
+            else f"{name} {row.get('speedup', 1):.2f}x ({row['median_ms']:.2f} ms)"
+            for name, row in case["contenders"].items()
         )
-        terminalreporter.write_line(f"{bench.name}: {told}")
+        what = f"{case['suite']}, {case['task']}, {case['shape']}, B {case['batch']}, {case['dtype']}, {case['layout']}"
+        terminalreporter.write_line(f"{what}: {told}")

@@ -93,14 +93,21 @@ def main() -> None:
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
+    parser.add_argument("--rows", nargs="+", help="only these, each as KERNEL|SHAPE|LAYOUT|PRECISION|TARGET")
     parser.add_argument("--plan", action="store_true", help="tilings only, nothing compiled")
     parser.add_argument("--out", type=Path, default=RESULTS / "static.csv")
     arguments = parser.parse_args()
     rows = []
     for target in arguments.targets:
         for shape, layout, precision in cases(target):
-            if shape in arguments.shapes and precision in arguments.precisions:
-                rows += compile_case(target, shape, layout, precision, plan=arguments.plan)
+            kernels = None
+            if arguments.rows:
+                case = [shape, layout, precision, target]
+                kernels = {
+                    kernel for kernel, *rest in (row.split("|") for row in arguments.rows) if rest == case
+                }
+            if shape in arguments.shapes and precision in arguments.precisions and kernels != set():
+                rows += compile_case(target, shape, layout, precision, plan=arguments.plan, kernels=kernels)
                 print(f"{target} {shape} {layout} {precision}", file=sys.stderr)
     write_atomically(arguments.out, lambda temporary: write(rows, temporary))
 
@@ -134,9 +141,15 @@ def cases(target: configs.Arch) -> Iterator[tuple[str, str, str]]:
 
 
 def compile_case(
-    target: configs.Arch, shape: str, layout: str, precision: str, *, plan: bool = False
+    target: configs.Arch,
+    shape: str,
+    layout: str,
+    precision: str,
+    *,
+    plan: bool = False,
+    kernels: set[str] | None = None,
 ) -> list[Row]:
-    """Every kernel of the attention operators at one shape, as a launch on `target` would compile it."""
+    """Every kernel of the attention operators at one shape, or `kernels`, as a launch on `target` would compile it."""
     L, S, E, Ev = SHAPES[shape]
     C = 2 * Ev
 
@@ -162,14 +175,18 @@ def compile_case(
         wq, wo, gamma = q.new_empty(E, C), q.new_empty(C, Ev), torch.zeros(1)
         calls.append(lambda: sagan_layer._launch_sagan_forward(x, wq, None, k, v, wo, None, gamma))
     rows = {}
-    for name, tiling, compiled in _compile(calls, target, precision, plan):
+    for name, tiling, compiled in _compile(calls, target, precision, plan, kernels):
         resources = {} if plan else _resources(compiled, target)
         rows.setdefault(name, Row(name, shape, layout, precision, target, tiling, **resources))
     return list(rows.values())
 
 
 def _compile(
-    calls: list[Callable[[], Any]], target: configs.Arch, precision: str, plan: bool
+    calls: list[Callable[[], Any]],
+    target: configs.Arch,
+    precision: str,
+    plan: bool,
+    kernels: set[str] | None,
 ) -> list[tuple[str, str, Any]]:
     import triton
     from triton.backends.compiler import GPUTarget
@@ -178,6 +195,9 @@ def _compile(
     run = triton.runtime.jit.JITFunction.run
 
     def warm_up(self: Any, *args: Any, **keywords: Any) -> Any:
+        name = self.fn.__name__.removesuffix("_kernel")
+        if kernels is not None and name not in kernels:
+            return None
         keywords["warmup"] = True
         compiled = None if plan else run(self, *args, **keywords)
         blocks = [
@@ -186,7 +206,7 @@ def _compile(
             if k in ("BLOCK_L", "BLOCK_S", "BLOCK_K", "BLOCK_C")
         ]
         tiling = f"{' '.join(blocks)} warps {keywords['num_warps']} stages {keywords['num_stages']}"
-        found.append((self.fn.__name__.removesuffix("_kernel"), tiling, compiled))
+        found.append((name, tiling, compiled))
         return compiled
 
     triton.runtime.driver.set_active(_StubDriver(GPUTarget(*TARGETS[target])))

@@ -1,0 +1,211 @@
+"""Tables and plots of results: python -m benchmarks.report RESULTS.json... [--against OLD.json] [--out FOLDER].
+
+Takes what `pytest benchmarks --benchmark-only --benchmark-json=RESULTS.json` and `python -m benchmarks.scaling` write.
+Prints Markdown. With --out, writes report.md and the plots there; plots need matplotlib, which the extra `dev` has.
+With --against, only compares: a change counts where it is more than twice the noise of both files together.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks.roofline import Ceilings, Work, bound_ms
+from sagan_kernels.files import write_atomically
+
+Row = dict[str, Any]
+
+
+def main() -> None:
+    """Print the report, or write it with its plots."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("results", nargs="+", type=Path)
+    parser.add_argument("--against", type=Path, help="earlier results to compare with")
+    parser.add_argument("--out", type=Path, help="folder for report.md and plots")
+    arguments = parser.parse_args()
+    try:
+        results = [load(path) for path in arguments.results]
+        if arguments.against:
+            print("\n\n".join(regressions(load(arguments.against), new) for new in results))
+            return
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(str(error))
+    text = "\n\n".join(part for result in results for part in sections(result)) + "\n"
+    print(text)
+    if arguments.out:
+        from benchmarks import plots
+
+        write_atomically(arguments.out / "report.md", lambda path: path.write_text(text, encoding="utf-8"))
+        for path in plots.write_all(results, arguments.out):
+            print(path, file=sys.stderr)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A results file as {"run": where it was measured, "cases": rows, "curves": rows}.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not a results file.
+    """
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        cases = [b["extra_info"] for b in stored.get("benchmarks", []) if "contenders" in b["extra_info"]]
+        found = {"run": stored["run"], "cases": cases, "curves": stored.get("curves", [])}
+    except FileNotFoundError:
+        raise FileNotFoundError(f"report: {path} must exist, got no such file; measure first") from None
+    except (json.JSONDecodeError, KeyError, AttributeError, TypeError):
+        found = {}
+    if not found or not found["cases"] + found["curves"]:
+        raise ValueError(
+            f"report: {path} must hold results, got none; "
+            f"write it with pytest benchmarks --benchmark-only --benchmark-json={path}"
+        )
+    return found
+
+
+def sections(result: dict[str, Any]) -> Iterator[str]:
+    """The report of one file: where it was measured, a table a suite, the curves."""
+    yield provenance(result["run"])
+    for suite in dict.fromkeys(case["suite"] for case in result["cases"]):
+        yield f"### {suite}\n\n" + table([c for c in result["cases"] if c["suite"] == suite], result["run"])
+    if result["curves"]:
+        yield "### scaling\n\n" + curve_table(result["curves"])
+
+
+def provenance(run: Row) -> str:
+    """A line of what a figure needs to be believed."""
+    ceilings = run.get("ceilings")
+    told = [f"{key} {value}" for key, value in run.items() if key not in ("ceilings", "command") and value]
+    lines = ["; ".join(told), f"Measured again by `{run['command']}`."]
+    if ceilings:
+        flops = ", ".join(f"{dtype} {rate / 1e9:.0f} GF/s" for dtype, rate in ceilings["flops"].items())
+        lines.append(
+            f"Ceilings measured in the same run: copy {ceilings['bytes'] / 1e9:.1f} GB/s, products {flops}, "
+            f"{ceilings['exponentials'] / 1e9:.2f} G exp/s."
+        )
+    return "\n\n".join(lines)
+
+
+def table(cases: list[Row], run: Row) -> str:
+    """Every contender of every case, the losing ones too: time, speed over the first, memory, roofline."""
+    lines = [
+        "| task | shape | B | dtype | layout | contender | median ms | images/s | speed over the first | error "
+        "| peak MiB | compile s | of the roofline |",
+        "|---|---|---:|---|---|---|---:|---:|---:|---:|---:|---:|---|",
+    ]
+    for case in cases:
+        what = [case["task"], case["shape"], case["batch"], case["dtype"], case["layout"]]
+        for name, row in case["contenders"].items():
+            label = f"{name} ({row['note']})" if "note" in row else name
+            if "unavailable" in row:
+                cells = [f"unavailable: {row['unavailable']}".replace("|", "/"), *[""] * 6]
+            else:
+                reached = fraction(case, row["median_ms"], run.get("ceilings"))
+                cells = [
+                    f"{row['median_ms']:.3g}", f"{images_per_s(case, row):.3g}", speed(row),
+                    f"{row['error']:.0e}" if "error" in row else "",
+                    f"{row['peak_mib']:.1f}" if "peak_mib" in row else "", row.get("compile_s", ""),
+                    f"{reached[0]:.0%} ({reached[1]})" if reached else "",
+                ]  # fmt: skip
+            lines.append("| " + " | ".join(str(cell) for cell in [*what, label, *cells]) + " |")
+    return "\n".join(lines)
+
+
+def speed(row: Row) -> str:
+    """The median ratio with its quartiles; below 1 in bold, since a loss is to be seen."""
+    if "speedup" not in row:
+        return ""
+    low, high = row["quartiles_speedup"]
+    told = f"{row['speedup']:.2f}×" if row["speedup"] >= 1 else f"**{row['speedup']:.2f}×**"
+    return f"{told} ({low:.2f} to {high:.2f})"
+
+
+def images_per_s(case: Row, row: Row) -> float:
+    """Images a second at the median time."""
+    return 1e3 * case["batch"] / row["median_ms"]
+
+
+def fraction(case: Row, median_ms: float, ceilings: Row | None) -> tuple[float, str] | None:
+    """Which part of the roofline is reached, and the resource that sets it; None for a case without one."""
+    if not case["work"] or not ceilings or case["dtype"] not in ceilings["flops"]:
+        return None
+    bound, resource = bound_ms(Work(**case["work"]), Ceilings(**ceilings), case["dtype"])
+    return bound / median_ms, resource
+
+
+def curve_table(curves: list[Row]) -> str:
+    """Each curve's points and the exponent fitted to them."""
+    lines = ["| what | contender | axis | points | exponent |", "|---|---|---|---|---:|"]
+    for curve in curves:
+        if curve["unavailable"]:
+            points, exponent = f"unavailable: {curve['unavailable']}", ""
+        else:
+            points = ", ".join(f"{x}: {ms:.3g} ms" for x, ms in zip(curve["x"], curve["ms"], strict=True))
+            exponent = "" if curve["exponent"] is None else f"{curve['exponent']:.2f}"
+        lines.append(f"| {curve['what']} | {curve['contender']} | {curve['axis']} | {points} | {exponent} |")
+    return "\n".join(lines)
+
+
+def regressions(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """What became faster or slower over the baseline of its own run, beside the noise of both runs.
+
+    The speed over the baseline is compared, which a busy or another machine moves less than it moves a time.
+    """
+
+    def key(case: Row) -> tuple[Any, ...]:
+        return tuple(case[k] for k in ("suite", "task", "shape", "batch", "dtype", "layout"))
+
+    before = {key(case): case["contenders"] for case in old["cases"]}
+    lines = [
+        f"old: {old['run']['device']}, {old['run']['commit']}; new: {new['run']['device']}, {new['run']['commit']}",
+        "",
+        "| case | contender | old | new | change | noise | verdict |",
+        "|---|---|---:|---:|---:|---:|---|",
+    ]
+    for case in new["cases"]:
+        for name, row in case["contenders"].items():
+            earlier = before.get(key(case), {}).get(name)
+            if earlier is None or name == next(iter(case["contenders"])):
+                continue
+            label = f"| {', '.join(map(str, key(case)))} | {name} | "
+            if "speedup" not in row or "speedup" not in earlier:
+                if ("speedup" in row) != ("speedup" in earlier):
+                    lines.append(label + f"{_or_reason(earlier)} | {_or_reason(row)} | | | changed |")
+                continue
+            change = row["speedup"] / earlier["speedup"] - 1
+            if min(row["rounds"], earlier["rounds"]) < 5:
+                level = float("inf")  # too few rounds to know
+            else:
+                level = (noise(row) ** 2 + noise(earlier) ** 2) ** 0.5
+            lines.append(
+                label + f"{earlier['speedup']:.2f}× | {row['speedup']:.2f}× | {change:+.1%} | ±{level:.1%} | "
+                f"{verdict(change, level)} |"
+            )
+    return "\n".join(lines)
+
+
+def noise(row: Row) -> float:
+    """Half the distance between the quartiles of the speed, over its median."""
+    low, high = row["quartiles_speedup"]
+    return (high - low) / 2 / row["speedup"]
+
+
+def verdict(change: float, level: float) -> str:
+    """A change counts beyond twice the noise."""
+    if level == float("inf"):
+        return "noise unknown, under 5 rounds"
+    if abs(change) <= 2 * level:
+        return "within noise"
+    return "faster" if change > 0 else "slower"
+
+
+def _or_reason(row: Row) -> str:
+    return f"{row['speedup']:.2f}×" if "speedup" in row else row.get("unavailable", "not timed")
+
+
+if __name__ == "__main__":
+    main()

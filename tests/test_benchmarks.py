@@ -1,0 +1,228 @@
+"""The arithmetic of the benchmarks: what is compared, bounded, fitted and searched, on figures worked out by hand."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from benchmarks import measuring, report, roofline, scaling, tune
+from benchmarks.measuring import Case, Contender
+
+EXPECTED = torch.tensor([1.0, -4.0], dtype=torch.float64)
+
+
+def case(**contenders):
+    named = {name: Contender(call) for name, call in contenders.items()}
+    return Case("suite", "task", "shape", named, lambda: EXPECTED)
+
+
+def test_check_refuses_a_wrong_result():
+    wrong = case(eager=lambda: EXPECTED.float(), ours=lambda: EXPECTED.float() + 1e-3)
+    with pytest.raises(AssertionError, match=r"ours must be within 1e-04 of float64, got 2\.5e-04"):
+        measuring.check(wrong)
+
+
+def test_check_keeps_a_contender_that_cannot_run_but_never_excuses_ours():
+    def refuses():
+        raise NotImplementedError("no backward here\nand more")
+
+    found = measuring.check(case(eager=lambda: EXPECTED, other=refuses, ours=lambda: EXPECTED))
+    assert found["other"].unavailable == "NotImplementedError: no backward here"
+    assert not found["ours"].unavailable
+    with pytest.raises(NotImplementedError, match="no backward"):
+        measuring.check(case(eager=lambda: EXPECTED, ours=refuses))
+
+
+def test_error_of_a_small_tensor_is_measured_against_the_largest():
+    large, small = torch.tensor([100.0]).double(), torch.tensor([1e-9]).double()
+    errors = measuring.relative_errors([large + 1, small + 0.01], [large, small])
+    assert errors == pytest.approx([0.01, 0.01])
+
+
+def test_speed_is_the_median_of_ratios_within_rounds(monkeypatch):
+    times = iter([10.0, 5.0, 20.0, 10.0, 30.0, 30.0])  # eager, ours, eager, ours, ...
+    monkeypatch.setattr(measuring, "time_ms", lambda call: next(times))
+    timed = case(eager=lambda: EXPECTED, ours=lambda: EXPECTED)
+    row = measuring.summary(timed, measuring.measure(timed, rounds=3))["contenders"]["ours"]
+    assert (row["speedup"], row["median_ms"], row["quartiles_speedup"]) == (2.0, 10.0, [1.5, 2.0])
+
+
+def test_peak_memory_counts_what_a_call_holds_at_once():
+    def holds():
+        torch.ones(2**23)  # 32 MiB, freed again
+        torch.ones(2**24)
+
+    assert measuring.peak_mib(holds) == pytest.approx(64, abs=8)
+
+
+def test_attention_work_is_that_of_the_design_table():
+    # B 64, C 256 at 32×32, pooled, in bf16: 16.8 M scores, 160 multiply-adds each, 26.2 MB
+    work = roofline.attention_work("forward", 64, 1024, 256, 32, 128, 2)
+    assert (work.bytes, work.flops, work.exponentials) == (26_214_400, 5_368_709_120, 16_777_216)
+    # unpooled C 128 at 64×64: five products take 0.474 ms, the double backward's 1.68 ms, at 798 TF/s
+    both = roofline.attention_work("forward + backward", 64, 4096, 4096, 16, 64, 2)
+    forward = roofline.attention_work("forward", 64, 4096, 4096, 16, 64, 2)
+    r1 = roofline.attention_work("R1 step", 64, 4096, 4096, 16, 64, 2)
+    assert 1e3 * (both.flops - forward.flops) / 798e12 == pytest.approx(0.474, abs=1e-3)
+    assert 1e3 * (r1.flops - both.flops) / 798e12 == pytest.approx(1.68, abs=0.01)
+    assert r1.exponentials == 4 * forward.exponentials
+
+
+def test_layer_work_moves_its_input_and_output_only():
+    work = roofline.layer_work("forward", 64, 256, 1024, 256, 32, 128, 2)
+    assert work.bytes == 2 * 2 * 64 * 256 * 1024  # 0.022 ms at 3 TB/s
+    assert work.flops == 5_368_709_120 + 2 * 64 * 1024 * 256 * (32 + 32 + 128 + 128)
+
+
+@pytest.mark.parametrize(
+    ("work", "bound"),
+    [((6, 1, 1), (3000, "bytes")), ((1, 8, 1), (2000, "products")), ((1, 1, 8), (1600, "exp"))],
+)
+def test_bound_is_the_slowest_resource(work, bound):
+    ceilings = roofline.Ceilings(2.0, {"float32": 4.0}, 5.0)
+    assert roofline.bound_ms(roofline.Work(*work), ceilings, "float32") == bound
+
+
+def test_measured_ceilings_are_of_a_computer():
+    ceilings = roofline.measure_ceilings(torch.device("cpu"), ["float32"])
+    assert all(
+        1e8 < rate < 1e15 for rate in (ceilings.bytes, ceilings.flops["float32"], ceilings.exponentials)
+    )
+
+
+def test_exponent_is_that_of_the_larger_half():
+    x = [256, 1024, 4096, 16384]
+    assert scaling.exponent(x, [3.0 * n**1.5 for n in x]) == 1.5
+    assert scaling.exponent(x, [100, 100, 1, 16]) == 2.0
+    assert scaling.exponent([8], [1.0]) is None
+
+
+def test_curve_of_a_contender_that_fails_says_why():
+    def make(size):
+        def fails():
+            raise RuntimeError("too long")
+
+        return case(**{"eager": fails if size > 2 else lambda: EXPECTED, "ours": lambda: EXPECTED})
+
+    eager, ours = scaling.along("what", "L", [1, 2, 4], make, rounds=1)
+    assert (eager.x, eager.unavailable, eager.exponent) == ([1, 2], "RuntimeError: too long", None)
+    assert ours.x == [1, 2, 4]
+    assert ours.exponent is not None
+
+
+def results(tmp_path, name, speedup, spread, unavailable=""):
+    row = {"speedup": speedup, "quartiles_speedup": [speedup - spread, speedup + spread], "rounds": 9}
+    row |= {"median_ms": 2.0, "quartiles_ms": [2.0, 2.0], "error": 1e-7}
+    eager = {"median_ms": 2 * speedup, "quartiles_ms": [1, 1], "error": 1e-7, "rounds": 9}
+    eager |= {"speedup": 1.0, "quartiles_speedup": [1.0, 1.0]}
+    info = {"suite": "attention", "task": "forward", "shape": "tiny", "dtype": "float32", "layout": "NCHW"}
+    info |= {"batch": 4, "length": 64, "work": {"bytes": 4e6, "flops": 1e6, "exponentials": 1e6}}
+    info |= {"contenders": {"eager": eager, "other": {"unavailable": "no compiler"}, "ours": row}}
+    ceilings = {"bytes": 8e9, "flops": {"float32": 1e12}, "exponentials": 1e9}
+    run = {
+        "device": "abacus",
+        "kind": "cpu",
+        "threads": 1,
+        "commit": name,
+        "command": "c",
+        "ceilings": ceilings,
+    }
+    path = tmp_path / f"{name}.json"
+    path.write_text(json.dumps({"run": run, "benchmarks": [{"extra_info": info}]}))
+    return path
+
+
+def test_report_shows_losses_reasons_and_the_roofline(tmp_path):
+    text = "\n".join(report.sections(report.load(results(tmp_path, "a", 0.5, 0.01))))
+    assert "| ours | 2 | 2e+03 | **0.50×** (0.49 to 0.51) | 1e-07 |" in text
+    assert "unavailable: no compiler" in text
+    assert "50% (exp)" in text  # a million exponentials take 1 ms, and 2 ms were measured
+    assert "copy 8.0 GB/s" in text
+
+
+@pytest.mark.parametrize(("new", "verdict"), [(2.2, "within noise"), (2.6, "faster"), (1.4, "slower")])
+def test_regressions_are_told_from_noise(new, verdict, tmp_path):
+    old, found = (report.load(results(tmp_path, n, s, 0.1)) for n, s in (("old", 2.0), ("new", new)))
+    line = report.regressions(old, found).splitlines()[-1]
+    level = math.hypot(0.1 / 2, 0.1 / new)
+    assert line.endswith(f"| 2.00× | {new:.2f}× | {new / 2 - 1:+.1%} | ±{level:.1%} | {verdict} |")
+
+
+def test_report_names_a_file_without_results(tmp_path):
+    (tmp_path / "empty.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"empty.json must hold results, got none; write it with pytest"):
+        report.load(tmp_path / "empty.json")
+    with pytest.raises(FileNotFoundError, match="must exist, got no such file"):
+        report.load(tmp_path / "absent.json")
+
+
+def test_plots_are_written(tmp_path):
+    plots = pytest.importorskip("benchmarks.plots")
+    pytest.importorskip("matplotlib", reason="plots need matplotlib, which the extra dev has")
+    curve = scaling.Curve("attention", "L", "ours", [256, 512], [1.0, 3.0], [2.0, 4.0], 1.58)
+    result = report.load(results(tmp_path, "a", 0.5, 0.01)) | {"curves": [vars(curve)]}
+    written = [path.name for path in plots.write_all([result], tmp_path)]
+    stem = "cpu_attention_float32_NCHW"
+    assert written == [f"{stem}_speedup.png", f"{stem}_roofline.png", "cpu_memory.png", "cpu_scaling.png"]
+    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in written)
+
+
+KERNELS = ("forward", "over_queries", "row", "column", "double_row", "double_column", "tangent")
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_search_takes_the_fastest_right_tiling(kernel):
+    pytest.importorskip("triton")
+    problem = tune.problem(kernel, 1, 20, 12, 8, 8, torch.float32, torch.device("cpu"))
+    times = {(16, 16): 3.0, (32, 16): 2.0}
+    tried = []
+
+    def timer(call):
+        tried.append(tune.configs.tiling(kernel, 8, 8, "ieee", "sm_90"))
+        return times[tried[-1].block_l, tried[-1].block_s]
+
+    found = tune.search(kernel, problem, times, timer, until=0, clock=lambda: -1)
+    assert (found.times_ms, found.refused, found.best) == (times, {}, (32, 16))
+
+
+def test_search_refuses_what_is_wrong_or_fails_and_stops_in_time():
+    answers = {(16, 16): lambda: EXPECTED + 1, (32, 16): lambda: 1 / 0, (16, 32): lambda: EXPECTED}
+
+    def run():
+        tile = tune.configs.tiling("forward", 8, 8, "ieee", "sm_90")
+        return answers[tile.block_l, tile.block_s]()
+
+    problem = tune.Problem(run, [EXPECTED], 1e-6)
+    found = tune.search("forward", problem, answers, lambda call: 1.0, until=1, clock=lambda: 0)
+    assert found.best == (16, 32)
+    assert found.refused == {(16, 16): "error 2.5e-01", (32, 16): "ZeroDivisionError: division by zero"}
+    late = tune.search("forward", problem, answers, lambda call: 1.0, until=1, clock=lambda: 2)
+    assert (late.best, len(late.refused)) == (None, 1)
+
+
+def test_tuned_table_reads_back_and_keeps_what_time_did_not_reach():
+    table = {"forward": ((16, 32, 64, 64), (256, 32, 32, 32)), "lse": ((256, 0, 32, 64),)}
+    elapsed = []  # a timing takes five seconds
+    problem = tune.Problem(lambda: EXPECTED, [EXPECTED], 1e-6)
+
+    def timer(call):
+        elapsed.append(5)
+        return 1.0
+
+    tuned, kept = tune.tune(
+        table, lambda *widths: problem, timer, deadline=3, blocks=(16,), clock=lambda: sum(elapsed)
+    )
+    assert tuned == {"forward": ((16, 32, 16, 16), (256, 32, 32, 32)), "lse": ((256, 0, 32, 64),)}
+    assert kept == [("forward", 256, 32), ("lse", 256, 0)]
+    text = tune.rendered(tuned, "half", "sm_90", "from here")
+    scope = {"_Table": dict}
+    exec(text, scope)
+    assert scope["_HALF_90"] == tuned
+
+
+def test_tune_without_a_gpu_says_so(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["tune"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="tune: needs a GPU, got none"):
+        tune.main()
