@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 
 import sagan_kernels
-from sagan_kernels import doctor, evaluation, hub, sampling, zoo
+from sagan_kernels import deployment, doctor, evaluation, hub, sampling, zoo
 from sagan_kernels.conversion import convert_checkpoint
 from sagan_kernels.data import load_images
 from sagan_kernels.evaluation import Scorer
 from sagan_kernels.features import FeatureNet, load_feature_net, save_feature_net, train_feature_net
 from sagan_kernels.files import write_atomically
-from sagan_kernels.models import Generator
+from sagan_kernels.models import Discriminator, Generator
 from sagan_kernels.one_line_errors import OneLineErrors, usage
 from sagan_kernels.ops import choose
 from sagan_kernels.recipe import load_recipe
@@ -355,6 +355,33 @@ def convert(
     click.echo(f"{', '.join(conversion.state_dicts)} of {conversion.source}, for {conversion.target}:")
     for file in files:
         click.echo(f"  {file}")
+
+
+@cli.command(
+    epilog="\b\nsagan export sagan_32_avatars --out avatars.onnx\n"
+    "sagan export sagan_32_fashion --part discriminator --out critic.pt2"
+)
+@click.argument("model")
+@click.option(
+    "--part", type=click.Choice(["generator", "discriminator"]), default="generator", show_default=True
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), required=True, metavar="FILE", help="Ends in .onnx or .pt2."
+)
+def export(model: str, part: str, out: Path) -> None:
+    """Write MODEL as a file that runs without this package, and compare its outputs before it is kept.
+
+    MODEL is a name of the zoo, a model folder or a Hub repository. A .onnx file runs in onnxruntime and others, a .pt2
+    file in PyTorch.
+    """
+    with usage():
+        write = deployment.FORMATS.get(out.suffix.removeprefix("."))
+        if write is None:
+            raise ValueError(f"--out: must end in .onnx or .pt2, got {str(out)!r}")
+        folder = hub.resolve(model, part)
+    network = (Generator if part == "generator" else Discriminator).from_pretrained(folder)
+    difference = write(network, out)
+    click.echo(f"{out}: {out.stat().st_size / 2**20:.1f} MiB, outputs equal to {difference:.0e}")
 
 
 @cli.command(name="doctor", epilog="\b\nsagan doctor\nsagan doctor --json")
