@@ -231,9 +231,17 @@ def info(x: Exchange, repo: str, rev: str | None = None) -> Any:
     }  # fmt: skip
 
 
-@route("GET", rf"/api/models/{REPO}/tree/{REV}(?:/.*)?")
-def tree(x: Exchange, repo: str, rev: str) -> Any:
-    return [_entry(path, file) for path, file in x.commit(repo, rev).files.items()]
+@route("GET", rf"/api/models/{REPO}/tree/{REV}(?:/(?P<at>.*))?")
+def tree(x: Exchange, repo: str, rev: str, at: str = "") -> Any:
+    below = f"{at}/" if at else ""
+    files = {path: file for path, file in x.commit(repo, rev).files.items() if path.startswith(below)}
+    if x.query.get("recursive", ["false"])[0].lower() in ("true", "1"):
+        return [_entry(path, file) for path, file in files.items()]
+    names = {path: path.removeprefix(below).split("/") for path in files}
+    folders = sorted({below + parts[0] for parts in names.values() if len(parts) > 1})
+    return [{"type": "directory", "path": path, "oid": _git_oid(path.encode())} for path in folders] + [
+        _entry(path, files[path]) for path, parts in names.items() if len(parts) == 1
+    ]
 
 
 @route("POST", rf"/api/models/{REPO}/paths-info/{REV}")
@@ -371,6 +379,8 @@ def resolve(x: Exchange, repo: str, rev: str, path: str) -> Any:
 
 def answer_to(hub: Store, method: str, path: str, headers: dict[str, str], body: bytes) -> Answer:
     verb, bare = "GET" if method == "HEAD" else method, urlsplit(path).path
+    # repositories of kernels have the routes of models under a name of their own
+    bare = re.sub(r"^/(api/)?kernels/", lambda m: "/api/models/" if m[1] else "/", bare)
     for wanted, pattern, handler in ROUTES:
         if wanted == verb and (match := pattern.fullmatch(bare)):
             groups = {key: unquote(value) for key, value in match.groupdict().items() if value is not None}

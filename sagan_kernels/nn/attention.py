@@ -36,6 +36,8 @@ class SelfAttention2d(nn.Module):
         ValueError: channels is not divisible by 8.
     """
 
+    kernel_layer_name = "SaganSelfAttention2d"  # what Hugging Face's `kernels.kernelize` looks for
+
     def __init__(self, channels: int, *, bias: bool = False) -> None:
         super().__init__()
         _check_channels(self, channels)
