@@ -18,6 +18,7 @@ from sagan_kernels.data import load_images
 from sagan_kernels.evaluation import Scorer
 from sagan_kernels.features import FeatureNet, load_feature_net, save_feature_net, train_feature_net
 from sagan_kernels.files import write_atomically
+from sagan_kernels.hub_transfer import Access
 from sagan_kernels.models import Discriminator, Generator
 from sagan_kernels.one_line_errors import OneLineErrors, usage
 from sagan_kernels.ops import choose
@@ -32,6 +33,9 @@ BROKEN = click.option(
     default="refuse",
     show_default=True,
     help="What to do with an image that cannot be decoded.",
+)
+REVISION = click.option(
+    "--revision", metavar="REV", help="Branch, tag or commit of a Hub repository  [default: main]"
 )
 DATA_HELP = "Folder of images, .npz pack, or folder of Fashion-MNIST's IDX files."
 
@@ -61,6 +65,7 @@ def cli() -> None:
     help="One labelled sheet; --out then has no default.",
 )
 @click.option("--device", metavar="NAME", help="cpu, cuda, ...  [default: a GPU if there is one]")
+@REVISION
 def sample(
     model: str,
     seeds: str,
@@ -70,6 +75,7 @@ def sample(
     out: Path | None,
     grid: Path | None,
     device: str | None,
+    revision: str | None,
 ) -> None:
     """Draw images from MODEL: a name of the zoo (see `sagan list`), a model folder or a Hub repository."""
     start = time.perf_counter()
@@ -79,7 +85,7 @@ def sample(
             raise ValueError(f"--truncation: must be positive, got {truncation}; leave it out for none")
         if grid is not None and grid.suffix.lower() != ".png":
             raise ValueError(f"--grid: must end in .png, got {str(grid)!r}")
-        folder = hub.resolve(model, "generator")
+        folder = hub.resolve(model, "generator", Access(revision=revision))
     device = _device(device)
     generator = Generator.from_pretrained(folder).to(device)
     with usage():
@@ -196,6 +202,7 @@ def train(
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 @BROKEN
 @click.option("--device", metavar="NAME", help="cpu, cuda, ...  [default: a GPU if there is one]")
+@REVISION
 def evaluate(
     model: str,
     data: Path,
@@ -207,6 +214,7 @@ def evaluate(
     as_json: bool,
     broken: Literal["refuse", "skip"],
     device: str | None,
+    revision: str | None,
 ) -> None:
     """Score samples of MODEL against real images, beside what held-out real images score.
 
@@ -216,7 +224,7 @@ def evaluate(
     with usage():
         if truncation is not None and not truncation > 0:
             raise ValueError(f"--truncation: must be positive, got {truncation}; leave it out for none")
-        folder = hub.resolve(model, "generator")
+        folder = hub.resolve(model, "generator", Access(revision=revision))
         name = features or (zoo.entry(model).data.get("features") if model in zoo.list_models() else None)
         if name is None:
             raise ValueError(
@@ -368,7 +376,8 @@ def convert(
 @click.option(
     "--out", type=click.Path(path_type=Path), required=True, metavar="FILE", help="Ends in .onnx or .pt2."
 )
-def export(model: str, part: str, out: Path) -> None:
+@REVISION
+def export(model: str, part: str, out: Path, revision: str | None) -> None:
     """Write MODEL as a file that runs without this package, and compare its outputs before it is kept.
 
     MODEL is a name of the zoo, a model folder or a Hub repository. A .onnx file runs in onnxruntime and others, a .pt2
@@ -378,7 +387,7 @@ def export(model: str, part: str, out: Path) -> None:
         write = deployment.FORMATS.get(out.suffix.removeprefix("."))
         if write is None:
             raise ValueError(f"--out: must end in .onnx or .pt2, got {str(out)!r}")
-        folder = hub.resolve(model, part)
+        folder = hub.resolve(model, part, Access(revision=revision))
     network = (Generator if part == "generator" else Discriminator).from_pretrained(folder)
     difference = write(network, out)
     click.echo(f"{out}: {out.stat().st_size / 2**20:.1f} MiB, outputs equal to {difference:.0e}")

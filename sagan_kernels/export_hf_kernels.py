@@ -1,4 +1,6 @@
-"""The attention layer as a kernel repository of Hugging Face's `kernels`: python -m sagan_kernels.export_hf_kernels OUT
+"""The attention layer as a kernel repository of Hugging Face's `kernels`.
+
+python -m sagan_kernels.export_hf_kernels OUT
 
 A kernel repository holds Python files that import nothing but PyTorch and each other, once for each kind of device.
 These are this package's operators, kernels and layer with their imports made relative, and with a namespace for their
@@ -71,9 +73,10 @@ with use_kernel_mapping({{"{layer}": {{"cuda": repository}}}}):
     model = kernelize(model, mode=Mode.TRAINING, device="cuda")
 ```
 
-`model` has `SelfAttention2d` layers, or layers of your own with `kernel_layer_name = "{layer}"` and its attributes `query`,
-`key`, `value`, `out` (1×1 convolutions) and `gamma`. `get_kernel("{repo}", version={version})` gives `attention` and
-`sagan_attention`.
+`model` has `SelfAttention2d` layers, or layers of your own with `kernel_layer_name = "{layer}"` and its attributes
+`query`, `key`, `value`, `out` (1×1 convolutions) and `gamma`.
+
+`get_kernel("{repo}", version={version})` gives `attention` and `sagan_attention`.
 """
 
 

@@ -214,6 +214,11 @@ def create(x: Exchange) -> Any:
     return {"url": f"{x.hub.url}/{name}", "name": name}
 
 
+@route("GET", r"/api/organizations/(?P<name>[^/]+)/overview")
+def organization(x: Exchange, name: str) -> Any:
+    return {"name": name, "fullname": name, "isVerified": False}
+
+
 @route("GET", "/api/models")
 def list_models(x: Exchange) -> Any:
     author = x.query.get("author", [""])[0]

@@ -244,3 +244,37 @@ def test_an_unknown_setting_is_refused_and_foreign_keys_beside_ours_are_kept(pus
     config["generator"]["depth"] = 3
     pushed.put(REPO, {"config.json": json.dumps(config).encode()})
     refused(ValueError, r"config\.json: generator must be arguments of Generator, got .*'depth'")
+
+
+def test_commands_take_a_revision(ada):
+    for seed, revision in ((0, "old"), (1, "main")):
+        torch.manual_seed(seed)
+        model = Generator(z_dim=5, **TINY).eval()
+        model.save_pretrained(revision)
+        files = {path.name: path.read_bytes() for path in Path(revision).iterdir()}
+        ada.put("ada/g", files, revision=revision)
+    for revision in ("old", "main"):
+        command = [
+            "sample",
+            "ada/g",
+            "--revision",
+            revision,
+            "--seeds",
+            "3",
+            "--label",
+            "1",
+            "--out",
+            f"of_{revision}",
+        ]
+        result = CliRunner().invoke(cli, command)
+        assert result.exit_code == 0, result.output
+        CliRunner().invoke(
+            cli, ["sample", revision, "--seeds", "3", "--label", "1", "--out", f"local_{revision}"]
+        )
+        drawn, expected = (
+            Path(f"{kind}_{revision}/seed0003_label1.png").read_bytes() for kind in ("of", "local")
+        )
+        assert drawn == expected
+    refused = CliRunner().invoke(cli, ["sample", "old", "--revision", "main"])
+    assert refused.exit_code == 2
+    assert "revision must be left out for 'old', which is not on the Hub, got 'main'" in refused.output
