@@ -1,5 +1,6 @@
 """What a machine has and what runs on it: the text that people paste into issues."""
 
+import importlib
 import os
 import platform
 import shutil
@@ -74,6 +75,11 @@ def findings() -> list[str]:
             found.append(
                 f"torch {torch.__version__} goes with {requirement.name}{requirement.specifier}, got {triton}"
             )
+    if _version("torchvision") is not None and not _imports("torchvision"):
+        found.append(
+            f"torchvision {_version('torchvision')} cannot be imported beside torch {torch.__version__}, "
+            "and timm needs it; install both from the same index"
+        )
     if torch.version.cuda and not torch.cuda.is_available():
         found.append(
             f"torch was built for CUDA {torch.version.cuda} and sees no GPU; look at the driver: nvidia-smi"
@@ -121,6 +127,15 @@ def _version(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
+
+
+def _imports(name: str) -> bool:
+    """Whether a package with libraries of its own fits what it was built for."""
+    try:
+        importlib.import_module(name)
+    except Exception:  # a library that does not fit fails in any way
+        return False
+    return True
 
 
 def _device(name: str) -> dict[str, Any]:

@@ -59,7 +59,8 @@ def test_offline_and_settings_are_told(plain, monkeypatch):
 
 
 def test_what_does_not_fit_is_found(plain, monkeypatch, tmp_path):
-    versions = {"torch": "2.12.0", "triton": "3.5.1"}
+    versions = {"torch": "2.12.0", "triton": "3.5.1", "torchvision": "0.27.0"}
+    monkeypatch.setattr(doctor, "_imports", lambda name: False)
     monkeypatch.setattr(doctor, "_version", lambda name: versions.get(name))
     monkeypatch.setattr(metadata, "requires", lambda name: ["triton==3.7.0; sys_platform != 'none'", "numpy"])
     monkeypatch.setenv("TRITON_INTERPRET", "1")
@@ -69,6 +70,7 @@ def test_what_does_not_fit_is_found(plain, monkeypatch, tmp_path):
     told = "\n".join(doctor.findings())
     assert "triton must be 3.6 or newer, got 3.5.1; pip install -U triton" in told
     assert "goes with triton==3.7.0, got 3.5.1" in told
+    assert "torchvision 0.27.0 cannot be imported beside torch" in told
     assert "TRITON_INTERPRET=1: Triton kernels run in Python" in told
     assert "cannot be written; set HF_HOME or TORCH_HOME" in told
     versions |= {"triton": "3.7.0", "torch": "2.10.0"}
