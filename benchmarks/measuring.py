@@ -9,6 +9,7 @@ import dataclasses
 import os
 import platform
 import re
+import shlex
 import statistics
 import subprocess
 import sys
@@ -263,7 +264,7 @@ def environment() -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
         "kind": device().type,
         "platform": platform.platform(terse=True),
-        "threads": torch.get_num_threads(),
+        "threads": int(os.environ.get("BENCH_THREADS", torch.get_num_threads())),
         "processors": os.cpu_count(),
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "python": platform.python_version(),
@@ -338,7 +339,7 @@ def _command() -> str:
     module = sys.modules["__main__"].__spec__
     name = f"python -m {module.name.removesuffix('.__main__')}" if module else Path(sys.argv[0]).name
     threads = os.environ.get("BENCH_THREADS")
-    return " ".join([*([f"BENCH_THREADS={threads}"] if threads else []), name, *sys.argv[1:]])
+    return " ".join([*([f"BENCH_THREADS={threads}"] if threads else []), name, shlex.join(sys.argv[1:])])
 
 
 def _commit() -> str:
