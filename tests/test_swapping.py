@@ -649,3 +649,39 @@ def test_top_level_names_are_imported_on_demand():
     assert sagan_kernels.swap_layers is swap_layers
     with pytest.raises(AttributeError, match="no attribute 'swap_layer'"):
         sagan_kernels.swap_layer  # noqa: B018
+
+
+class Keeping(nn.Module):
+    """Attention as many GANs write it, which also does what `does` says."""
+
+    def __init__(self, does):
+        super().__init__()
+        self.query, self.key, self.value = nn.Conv2d(16, 2, 1), nn.Conv2d(16, 2, 1), nn.Conv2d(16, 16, 1)
+        self.gamma = nn.Parameter(torch.zeros(1))
+        self.drop = nn.Dropout(0.3)
+        self.does = does
+
+    def forward(self, x):
+        q, k, v = (conv(x).flatten(2) for conv in (self.query, self.key, self.value))
+        attention = torch.softmax(q.mT @ k, -1)
+        if self.does == "drops":
+            attention = self.drop(attention)
+        if self.does == "keeps":
+            self.last = attention
+        return x + self.gamma * (v @ attention.mT).view_as(x)
+
+
+def test_layer_that_leaves_its_map_behind_is_refused():
+    model = nn.Sequential(Keeping("keeps"))
+    (row,) = swap_layers(model)
+    assert (row.status, row.reason) == ("refused", "its forward keeps last, which a swapped one would not")
+    assert type(model[0]) is Keeping
+    (row,) = swap_layers(nn.Sequential(Keeping("nothing more")))
+    assert row.status == "swapped"
+
+
+def test_layer_that_draws_random_numbers_leaves_theirs_alone():
+    model, state = nn.Sequential(Keeping("drops")), torch.get_rng_state()
+    (row,) = swap_layers(model)
+    assert row.status == "unknown"
+    assert torch.equal(torch.get_rng_state(), state)

@@ -81,15 +81,21 @@ class Recording:
         width: channels C of its input (B, C, H, W).
 
     Raises:
-        NotComparable: the host does not run, or its result is not finite.
+        NotComparable: the host does not run, its result is not finite, or its forward leaves something behind that a
+            swapped one would not.
     """
 
     def __init__(self, layer: nn.Module, width: int) -> None:
         self.layer = safe_copy(layer).train()
         self.size = _accepted_size(self.layer, width)
-        with torch.no_grad():
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
             for _ in range(WARM_UP):
                 self.layer(_input(2, width, self.size))
+            before = dict(self.layer.__dict__)
+            self.layer(_input(2, width, self.size))
+        kept = [key for key, value in self.layer.__dict__.items() if before.get(key, self) is not value]
+        if kept:
+            raise NotComparable(f"its forward keeps {', '.join(kept)}, which a swapped one would not")
         self.steps = []
         for training in (True, False):
             host = safe_copy(self.layer).train(training)
@@ -136,7 +142,8 @@ def returns_map(layer: nn.Module, width: int) -> bool:
     """
     host = safe_copy(layer)
     like = next(host.parameters())
-    return len(_tensors(host(_input(2, width, _accepted_size(host, width)).to(like)))) == 2
+    with torch.random.fork_rng(devices=[like.device] if like.is_cuda else []):
+        return len(_tensors(host(_input(2, width, _accepted_size(host, width)).to(like)))) == 2
 
 
 def network_difference(model: nn.Module, swap: Callable[[nn.Module], Any], inputs: Sequence[Any]) -> float:
