@@ -442,3 +442,33 @@ def test_torch_hook_left_a_graph_behind_and_the_network_is_still_swapped():
     with pytest.raises(RuntimeError, match="deepcopy protocol"):
         copy.deepcopy(made)
     assert swap_layers(made, inputs=(torch.randn(2, 6), torch.tensor([0, 1]))).swapped
+
+
+@wrappers
+def test_fixed_wrapper_runs_under_autocast(wrapper):
+    made = wrapper(nn.Conv2d(3, 4, 3))
+    host = copy.deepcopy(made)
+    swap_layers(made)
+    x = torch.randn(2, 3, 6, 6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(made(x), host(x))
+
+
+@wrappers
+def test_checkpointed_fixed_wrapper_does_not_iterate_again(wrapper):
+    plain = wrapper(nn.Linear(5, 4))
+    swap_layers(plain)
+    checkpointed, x = copy.deepcopy(plain), torch.randn(3, 5, requires_grad=True)
+    plain(x).square().sum().backward()
+    torch.utils.checkpoint.checkpoint(checkpointed, x, use_reentrant=False).square().sum().backward()
+    for ours, expected in zip(checkpointed.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours, expected)
+        if expected.grad is not None:
+            torch.testing.assert_close(ours.grad, expected.grad)
+
+
+def test_a_second_swap_says_that_bugs_are_fixed_already():
+    made = heykeetae.SpectralNorm(nn.Linear(5, 4))
+    swap_layers(made)
+    (row,) = swap_layers(made, faithful=True)
+    assert "call unswap_layers first to keep the bugs" in row.reason

@@ -651,37 +651,91 @@ def test_top_level_names_are_imported_on_demand():
         sagan_kernels.swap_layer  # noqa: B018
 
 
-class Keeping(nn.Module):
-    """Attention as many GANs write it, which also does what `does` says."""
+class Variation(nn.Module):
+    """Attention as many GANs write it, but for what `does` says."""
 
-    def __init__(self, does):
+    def __init__(self, does=""):
         super().__init__()
         self.query, self.key, self.value = nn.Conv2d(16, 2, 1), nn.Conv2d(16, 2, 1), nn.Conv2d(16, 16, 1)
-        self.gamma = nn.Parameter(torch.zeros(1))
-        self.drop = nn.Dropout(0.3)
+        self.gamma = nn.Parameter(torch.full((1,), 0.7))
+        self.drop = nn.Dropout(0.3 if does == "drops" else 0.0)
+        self.register_buffer("temperature", torch.ones(()))
         self.does = does
 
     def forward(self, x):
         q, k, v = (conv(x).flatten(2) for conv in (self.query, self.key, self.value))
-        attention = torch.softmax(q.mT @ k, -1)
-        if self.does == "drops":
+        scores = q.mT @ k
+        attention = torch.softmax(scores * self.temperature if self.does == "anneals" else scores, -1)
+        if self.does in ("drops", "may drop"):
             attention = self.drop(attention)
         if self.does == "keeps":
             self.last = attention
-        return x + self.gamma * (v @ attention.mT).view_as(x)
+        gains = {
+            "rectifies": self.gamma.relu(),
+            "takes the size": self.gamma.abs(),
+            "clamps": self.gamma.clamp(-1, 1),
+        }
+        return x + gains.get(self.does, self.gamma) * (v @ attention.mT).view_as(x)
 
 
 def test_layer_that_leaves_its_map_behind_is_refused():
-    model = nn.Sequential(Keeping("keeps"))
+    model = nn.Sequential(Variation("keeps"))
     (row,) = swap_layers(model)
     assert (row.status, row.reason) == ("refused", "its forward keeps last, which a swapped one would not")
-    assert type(model[0]) is Keeping
-    (row,) = swap_layers(nn.Sequential(Keeping("nothing more")))
+    assert type(model[0]) is Variation
+    (row,) = swap_layers(nn.Sequential(Variation()))
     assert row.status == "swapped"
 
 
+@pytest.mark.parametrize("does", ["rectifies", "takes the size", "clamps", "anneals", "may drop"])
+def test_what_hides_at_the_present_values_is_found(does):
+    model = nn.Sequential(Variation(does))
+    (row,) = swap_layers(model)
+    assert (row.status, type(model[0])) == ("unknown", Variation)
+
+
 def test_layer_that_draws_random_numbers_leaves_theirs_alone():
-    model, state = nn.Sequential(Keeping("drops")), torch.get_rng_state()
+    model, state = nn.Sequential(Variation("drops")), torch.get_rng_state()
     (row,) = swap_layers(model)
     assert row.status == "unknown"
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_forward_replaced_on_the_object_is_refused(verify):
+    made = heykeetae.Self_Attn(16)
+    made.forward = made.gamma.mul
+    (row,) = swap_layers(nn.Sequential(made), verify=verify)
+    assert (row.status, "replaced on the object" in row.reason) == ("refused", True)
+
+
+def test_projection_that_is_query_and_key_is_found():
+    host = voletiv.Self_Attn(16)
+    host.snconv1x1_phi = host.snconv1x1_theta
+    twin = copy.deepcopy(host).eval()
+    (row,) = swap_layers(twin, spectral_norm=False)
+    assert row.status == "swapped"
+    x = torch.randn(2, 16, 6, 6)
+    torch.testing.assert_close(twin(x), host.eval()(x))
+
+
+def test_inputs_and_their_watchers_are_left_alone():
+    calls = []
+
+    class InPlace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = Variation()
+
+        def forward(self, x):
+            return self.attention(x.mul_(0.5))
+
+    model, x = InPlace(), torch.ones(1, 16, 6, 6)
+    model.attention.register_forward_hook(lambda *_: calls.append(1))
+    swap_layers(model, inputs=(x,))
+    assert (x.min().item(), calls) == (1.0, [])
+
+
+def test_memory_is_left_open_where_a_projection_pools_by_itself():
+    (row,) = swap_layers(unlisted.NonLocalBlock(16))
+    assert (row.status, row.saved_bytes) == ("swapped", None)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from sagan_kernels.nn import SpectralNormGroup
 from sagan_kernels.swapping.projections import is_weight_hook
 
 TOLERANCE = 1e-10
@@ -22,6 +23,13 @@ SIZES = ((6, 8), (8, 8))
 
 WARM_UP = 10
 """Forwards before the comparison: spectral norm of a fresh layer may give weights so large that rounding shows."""
+
+
+REPLACED = "its forward was replaced on the object; undo that, then swap"
+"""Why a module is refused whose own attribute hides the forward of its class."""
+
+GAINS = (-1.7, 1.3)
+"""What parameters of one element are in the two batches: not what a clamp, a ReLU or an absolute value leaves alone."""
 
 
 class NotComparable(Exception):
@@ -57,18 +65,35 @@ def float64_copy(module: nn.Module) -> Any:
         twin = safe_copy(module).to(device="cpu", dtype=torch.float64)
     except Exception as error:
         raise NotComparable(f"it cannot be copied ({told(error)})") from error
+    remove_watchers(twin)
     for part in twin.modules():
-        for hooks in (part._forward_hooks, part._backward_hooks, part._backward_pre_hooks):
-            hooks.clear()
-        for key, hook in list(part._forward_pre_hooks.items()):
-            if not is_weight_hook(hook):
-                del part._forward_pre_hooks[key]
+        if isinstance(part, nn.modules.dropout._DropoutNd):
+            part.p = 0.5  # one that is 0 now may not be so later
+    for buffer in twin._buffers.values():
+        if buffer is not None and buffer.is_floating_point():
+            buffer.mul_(1.25).add_(0.125)  # a temperature that is 1 now would hide itself
     generator = torch.Generator("cpu").manual_seed(1)
     for name, parameter in twin.named_parameters():
         if not parameter.any():
             parameter.data.normal_(generator=generator).add_(0.5)
         parameter.requires_grad_(not name.endswith(("_u", "_v", ".u", ".v")))
     return twin
+
+
+def remove_watchers(module: nn.Module) -> None:
+    """Take the hooks off that are neither a weight's normalization nor a group's: they are somebody's own."""
+    for part in module.modules():
+        for hooks in (
+            part._forward_hooks,
+            part._forward_pre_hooks,
+            part._backward_hooks,
+            part._backward_pre_hooks,
+        ):
+            for key, hook in list(hooks.items()):
+                if not (
+                    is_weight_hook(hook) or isinstance(getattr(hook, "__self__", None), SpectralNormGroup)
+                ):
+                    del hooks[key]
 
 
 class Recording:
@@ -102,6 +127,7 @@ class Recording:
             batches = []
             for batch in (2, 3):
                 x = _input(batch, width, self.size)
+                _set_gains(host, batch)
                 try:
                     parts = {what: [t.detach() for t in tensors] for what, tensors in _run(host, x)}
                 except Exception as error:
@@ -125,6 +151,7 @@ class Recording:
             swap(swapped)
             try:
                 for x, theirs in batches:
+                    _set_gains(swapped, len(x))
                     for what, ours in _run(swapped, x):
                         largest = max(largest, difference(theirs[what], ours))
                         if not largest <= TOLERANCE:
@@ -141,6 +168,7 @@ def returns_map(layer: nn.Module, width: int) -> bool:
         NotComparable: the layer does not run.
     """
     host = safe_copy(layer)
+    remove_watchers(host)
     like = next(host.parameters())
     with torch.random.fork_rng(devices=[like.device] if like.is_cuda else []):
         return len(_tensors(host(_input(2, width, _accepted_size(host, width)).to(like)))) == 2
@@ -156,6 +184,7 @@ def network_difference(model: nn.Module, swap: Callable[[nn.Module], Any], input
         NotComparable: the network does not run in float64.
     """
     host = safe_copy(model).to(dtype=torch.float64)
+    remove_watchers(host)
     devices = list({t.device for t in host.parameters() if t.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices), torch.no_grad():
         host.train()
@@ -212,6 +241,12 @@ def gradients(outputs: list[Tensor], wanted: list[Tensor]) -> list[Tensor | None
 def told(error: Exception | None) -> str:
     """An error of a host on one line, not too long."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+
+
+def _set_gains(layer: nn.Module, batch: int) -> None:
+    for parameter in layer._parameters.values():
+        if parameter is not None and parameter.numel() == 1:
+            parameter.data.fill_(GAINS[batch % 2])
 
 
 def _accepted_size(host: nn.Module, width: int) -> tuple[int, int]:

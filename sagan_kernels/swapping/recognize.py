@@ -76,7 +76,9 @@ def possible_forms(layer: nn.Module) -> Iterator[Variant]:
 def projections(layer: nn.Module) -> list[Projection]:
     """The children of `layer` whose only convolutions and linear layers are 1×1."""
     found = []
-    for name, child in layer.named_children():
+    for name, child in layer._modules.items():  # named_children leaves out one that is there twice
+        if child is None:
+            continue
         maps = [part for part in child.modules() if isinstance(part, _MAPS)]
         if maps and all(is_pointwise(part) for part in maps):
             found.append(Projection(name, _widths(maps[0])[0], _widths(maps[-1])[1]))

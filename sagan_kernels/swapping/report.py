@@ -1,5 +1,6 @@
 """What a swap did to a model, module by module."""
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -54,7 +55,11 @@ class SwapReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain values, for JSON."""
-        return {"model": self.model, "rows": [asdict(row) for row in self.rows]}
+        rows = [asdict(row) for row in self.rows]
+        for row in rows:  # JSON has no infinity, which stands for a result of another shape
+            if row["error"] is not None and not math.isfinite(row["error"]):
+                row["error"] = None
+        return {"model": self.model, "rows": rows}
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)

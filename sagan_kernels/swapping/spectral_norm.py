@@ -14,7 +14,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from sagan_kernels.nn.spectral_norm import in_backward
 from sagan_kernels.swapping.check import (
+    REPLACED,
     TOLERANCE,
     NotComparable,
     difference,
@@ -78,12 +80,16 @@ class FixedWrapper(Swapped):
         form = self.swapped_form
         weight, u, v = (_tensor(self, path) for path in (form.weight, form.u, form.v))
         matrix = weight.flatten(1)
+        # an activation checkpoint computes its forward again in the backward pass: u and v are those of the first time
+        iterations = 0 if in_backward() else self.power_iterations
         with torch.no_grad():
-            new_u, new_v = u, v
-            for _ in range(self.power_iterations):
-                new_v = _unit(matrix.mT @ new_u)
-                new_u = _unit(matrix @ new_v)
-            if self.training:
+            new_u, new_v = u.clone(), v.clone()
+            for _ in range(iterations):
+                new_v = _unit(
+                    matrix.mT.mv(new_u)
+                )  # mv as the host has it: autocast treats it otherwise than matmul
+                new_u = _unit(matrix.mv(new_v))
+            if self.training and iterations:
                 u.copy_(new_u)
                 v.copy_(new_v)
         return weight / (new_u.dot(matrix.mv(new_v))).expand_as(weight)
@@ -112,7 +118,10 @@ def fix_spectral_norm(model: nn.Module, *, verify: bool, faithful: bool) -> Iter
         form = _wrapper_form(part)
         hook = _own_hook(part)
         if isinstance(part, FixedWrapper) or isinstance(hook, FixedHook):
-            yield row(form.name if form else HOOK, "already swapped")
+            why = "fixed by an earlier swap; call unswap_layers first to keep the bugs" if faithful else ""
+            yield row(form.name if form else HOOK, "already swapped", why)
+        elif form is not None and "forward" in part.__dict__:
+            yield row(form.name, "refused", REPLACED)
         elif form is not None:
             yield row(form.name, *_fix_wrapper(part, form, verify, faithful))
         elif hook is not None:

@@ -134,7 +134,10 @@ def group_spectral_norms(model: nn.Module, *, verify: bool, inputs: Sequence[Any
     With `verify` a copy of one layer of each class with a method is compared first, and with `inputs` of the model's
     forward, copies of the whole model.
     """
-    error, not_compared = None, ""
+    error, not_compared = (
+        None,
+        "; the whole model is compared when inputs are given" if inputs is None else "",
+    )
     if verify and inputs is not None and any(_norms(network) for _, network in networks(model)):
         try:
             error = network_difference(model, lambda twin: list(_group(twin, verify=False)), inputs)

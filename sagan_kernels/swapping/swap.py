@@ -8,16 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils._pytree import tree_map
 
 from sagan_kernels.nn import PaperSelfAttention2d, SelfAttention2d
 from sagan_kernels.ops.attention_tiles import stores_map
 from sagan_kernels.swapping import recognize
 from sagan_kernels.swapping.attention import SwappedAttention
 from sagan_kernels.swapping.check import (
+    REPLACED,
     TOLERANCE,
     NotComparable,
     Recording,
     float64_copy,
+    remove_watchers,
     returns_map,
     safe_copy,
 )
@@ -164,6 +167,8 @@ def _swap_layer(path: str, layer: nn.Module, verify: bool, size: tuple[int, int]
         return (
             row("", "unknown", "not known by name; verify=True can prove what it computes") if named else None
         )
+    if "forward" in layer.__dict__:
+        return row(_name(known), "refused", REPLACED)
     if parametrize.is_parametrized(layer):
         return row(_name(known), "refused", "the layer itself is parametrized; swap before that")
     if not verify:
@@ -228,6 +233,9 @@ def _swapped(layer: nn.Module, row: Any, size: tuple[int, int], error: float | N
             f"asked for its map, it runs the host's code; it saves memory when {variant.map_flag} is False"
         )
         return row(variant.name, "swapped", reason, error)
+    paths = (variant.query, variant.key, variant.value)
+    if any(isinstance(getattr(layer, path.partition(".")[0]), nn.Sequential) for path in paths):
+        return row(variant.name, "swapped", "", error)  # whatever pools in there makes the map smaller
     saved = _saved(layer, variant, size)
     return row(variant.name, "swapped", "", error, size, saved)
 
@@ -247,13 +255,14 @@ def _map_sizes(model: nn.Module, inputs: Sequence[Any]) -> dict[str, tuple[int, 
             sizes[path] = (args[0].shape[2], args[0].shape[3])
 
     twin = safe_copy(model).eval()
+    remove_watchers(twin)
     for path, part in twin.named_modules():
         if not isinstance(part, torch.jit.ScriptModule):
             part.register_forward_pre_hook(partial(note, path))
     devices = list({p.device for p in model.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices), torch.no_grad():
         try:
-            twin(*inputs)
+            twin(*tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, tuple(inputs)))
         except Exception as error:
             told = " ".join(str(error).split())
             raise ValueError(
