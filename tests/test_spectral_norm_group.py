@@ -345,6 +345,35 @@ def test_checkpointed_parts_give_the_same_gradients(style, reentrant, impl):
         torch.testing.assert_close(mine, other)
 
 
+class GradWithin(nn.Module):
+    """Asks for gradients in the middle of its forward, as a penalty inside a model does."""
+
+    def __init__(self, normalize):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = normalize(nn.Linear(5, 5).double())
+
+    def forward(self, x):
+        with torch.enable_grad():
+            return self.layer(x).square().sum()
+
+
+@each_impl
+@each_style
+def test_gradients_within_a_forward_without_any(style, impl):
+    grads = []
+    for grouped in (False, True):
+        model = GradWithin(STYLES[style])
+        if grouped:
+            group_spectral_norm(model, impl=impl)
+        with torch.no_grad():
+            loss = model(torch.ones(3, 5).double())
+        loss.backward()
+        grads.append([parameter.grad for parameter in model.parameters()])
+    for mine, other in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, other)
+
+
 def test_torch_may_take_a_layer_out_of_the_group():
     model = critic()
     group = group_spectral_norm(model)

@@ -186,6 +186,8 @@ class SpectralNormGroup:
         if not torch.compiler.is_compiling():
             for entry in zip(members, weights, us, vs, rules, strict=True):
                 _check_sizes(*entry)
+        # a part of the forward may ask for gradients within a forward without any
+        later = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
         results = spectral_normalize(
             weights,
             us,
@@ -194,7 +196,7 @@ class SpectralNormGroup:
             iterate=iterate,
             store=store,
             dtypes=[_dtype(member.module, weight) for member, weight in zip(members, weights, strict=True)],
-            deferred=_distributed() if self.overlap is None else self.overlap,
+            deferred=later or (_distributed() if self.overlap is None else self.overlap),
             impl=self.impl,
             plans=self._plans,
         )
