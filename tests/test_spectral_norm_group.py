@@ -273,7 +273,7 @@ def test_ungroup_restores_everything(style):
     assert group.ungroup() is model
     assert [type(module) for module in model.modules()] == kinds
     assert not [*model._forward_hooks, *model._forward_pre_hooks, *model._forward_hooks_always_called]
-    assert not [f for f in find_spectral_norms(model) if set(vars(f.step)) & {"given", "seen"}]
+    assert not [f for f in find_spectral_norms(model) if set(vars(f.step)) & {"given", "seen", "converted"}]
     assert_same(model.state_dict(), plain.state_dict())
     for layer, other in ((model.first, plain.first),):  # iterates at every access again
         for _ in range(2):
@@ -372,6 +372,78 @@ def test_gradients_within_a_forward_without_any(style, impl):
         grads.append([parameter.grad for parameter in model.parameters()])
     for mine, other in zip(*grads, strict=True):
         torch.testing.assert_close(mine, other)
+
+
+@pytest.mark.parametrize("fold", [False, True])
+def test_optimizers_step_after_a_layer_has_left(fold):
+    model, other = critic(), nn.Linear(2, 2)
+    group_spectral_norm(model)
+    model(*batch())
+    if fold:
+        fold_spectral_norm(model.first)
+    else:
+        parametrize.remove_parametrizations(model.first, "weight")
+    other(torch.ones(1, 2)).sum().backward()
+    torch.optim.SGD(other.parameters(), 0.1).step()
+    model(*batch())
+
+
+class FloatHead(nn.Module):
+    """Switches autocast off for its last layer."""
+
+    def __init__(self, normalize):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head = normalize(nn.Linear(5, 6)), normalize(nn.Linear(6, 1))
+
+    def forward(self, x):
+        x = torch.tanh(self.body(x))
+        with torch.autocast("cpu", enabled=False):
+            return self.head(x.float())
+
+
+@each_style
+def test_part_without_autocast_gets_full_precision(style):
+    plain, grouped = FloatHead(STYLES[style]), FloatHead(STYLES[style])
+    group_spectral_norm(grouped)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected, got = plain(torch.ones(2, 5)), grouped(torch.ones(2, 5))
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(grouped.state_dict(), plain.state_dict())
+    torch.testing.assert_close(grouped.head.eval().weight, plain.head.eval().weight)
+    got.sum().backward()
+
+
+@each_style
+def test_true_replicas_normalize_by_themselves(style):
+    model = nn.Sequential(STYLES[style](nn.Linear(5, 3).double()))
+    group_spectral_norm(model)
+    expected = model.eval()(torch.ones(2, 5).double())
+    replicas = {module: module._replicate_for_data_parallel() for module in model.modules()}
+    for module, replica in replicas.items():  # as torch.nn.parallel.replicate puts them together
+        for name, child in module._modules.items():
+            replica._modules[name] = replicas[child]
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                setattr(replica, name, parameter.detach().clone())
+        for name, buffer in module._buffers.items():
+            replica._buffers[name] = buffer.clone()
+    torch.testing.assert_close(replicas[model](torch.ones(2, 5).double()), expected)
+
+
+def test_interrupted_forward_leaves_nothing_stale():
+    model = critic()
+    group_spectral_norm(model)
+    handle = model.logit.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        model(*batch())
+    handle.remove()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_()
+        plain = critic()
+        plain.load_state_dict(model.state_dict())
+        torch.testing.assert_close(model.eval()(*batch()), plain.eval()(*batch()))
 
 
 def test_torch_may_take_a_layer_out_of_the_group():

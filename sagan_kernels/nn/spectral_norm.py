@@ -207,7 +207,7 @@ class Found:
     def weight(self) -> Tensor:
         """The parameter before normalization."""
         if self.hooked:
-            return self.module._parameters[f"{self.name}_orig"]  # type: ignore[return-value]
+            return getattr(self.module, f"{self.name}_orig")  # no parameter in a replica
         return self.module._modules["parametrizations"]._modules[self.name]._parameters["original"]  # type: ignore[return-value,union-attr]
 
     @property

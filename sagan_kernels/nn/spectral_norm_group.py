@@ -56,15 +56,20 @@ class SpectralNormGroup:
 
     Layers are those of `sagan_kernels.nn.spectral_norm`, `torch.nn.utils.parametrizations.spectral_norm` and
     `torch.nn.utils.spectral_norm`. Parameters, buffers, state-dict keys, hooks and optimizers stay as they are. On a
-    GPU it takes three launches forward and two backward for all layers of a device and dtype; on a CPU it saves passes
-    over the weights. Under autocast, linear and convolution layers get W/σ in autocast's dtype at once.
+    GPU it takes three launches forward and two backward, whatever the number of layers, for those that share device,
+    dtype, dtype of the result, number of iterations and mode (training or evaluation); on a CPU it saves passes over
+    the weights. Under autocast, linear and convolution layers get W/σ in autocast's dtype at once.
 
     **How often it iterates.** Once in a training forward of the model, however often a layer is used in it; once for
     each weight on its own, at the first use of a layer outside a forward of the model after that weight has changed;
     never in a backward pass, where activation checkpoints compute a forward again. With every="forward", D(real)
     followed by D(fake) iterates twice, as StudioGAN and mimicry do; with every="step" it iterates when a weight has
     changed, so once for an optimizer step, as BigGAN and the official code do. Two forwards before one backward give
-    the right gradients in both cases.
+    the right gradients in both cases. Activation checkpoints are the exception, as with torch's layers: a repeated
+    forward takes the vectors of the last one, so with two before a backward let only one iterate.
+
+    **The older hook** leaves the weight of a forward on the layer. After a grouped forward that weight has no graph, so
+    that the model can be copied: a regularizer of `layer.weight` belongs inside the forward.
 
     **DistributedDataParallel** sends gradients while others are computed. With one backward for all layers, which runs
     after those of all others, there is nothing to hide the sending behind; `overlap` gives each layer its own, at the
@@ -166,8 +171,13 @@ class SpectralNormGroup:
         if _is_replica(model):
             return
         if not torch.compiler.is_compiling():
+            _listen()
             _GROUPS.add(self)  # here, so that copies and unpickled groups are among them
         self._members = [m for m in self._members if isinstance(m.step, Grouped) and m.attached]
+        for member in self._members:
+            member.step.__dict__["given"] = (
+                None  # an interrupt may have kept the last forward from clearing it
+            )
         again = in_backward()
         parts: dict[tuple[bool, bool], list[Found]] = {}
         for member in self._members:
@@ -206,11 +216,12 @@ class SpectralNormGroup:
                     _note(member.step, weight)
                 if isinstance(member.step, SpectralNorm):
                     member.step.iterate_others(weight)
+            member.step.__dict__["converted"] = _dtype(member.module, weight) != weight.dtype
             member.step.__dict__["given"] = result  # nn.Module looks at every attribute it is given
 
     def _forget(self, stepped: set[int]) -> None:
         for member in self._members:
-            if id(member.weight) in stepped:
+            if member.attached and id(member.weight) in stepped:
                 member.step.__dict__["seen"] = None
 
     def _end(self, model: nn.Module, *_: Any) -> None:
@@ -251,10 +262,13 @@ class Grouped:
 
     given: Tensor | Callable[[], Tensor] | None = None  # W/σ, while the group's model runs
     seen: tuple[int, int] | None = None  # the weight at the last iteration, see _stamp
+    converted = False  # `given` is in autocast's dtype
 
 
 def take(step: Grouped, module: nn.Module) -> Tensor | None:
-    """W/σ of the group, or None outside a forward of its model and in a copy of `module` on another device."""
+    """W/σ of the group. None outside a forward of its model, in a copy of `module` on another device, and where
+    autocast is off in a part of a forward under it: the layer then does its own, in full precision.
+    """
     given = step.given
     if given is None or _is_replica(module):
         return None
@@ -262,6 +276,8 @@ def take(step: Grouped, module: nn.Module) -> Tensor | None:
         given = given()
         if given.requires_grad:
             step.__dict__["given"] = given  # one backward, however often the layer is used
+    if step.converted and not torch.is_autocast_enabled(given.device.type):
+        return None
     return given
 
 
@@ -321,6 +337,7 @@ def _leave(step: Any) -> None:
             step.__class__ = plain
             step.__dict__.pop("given", None)
             step.__dict__.pop("seen", None)
+            step.__dict__.pop("converted", None)
 
 
 def _note(step: Any, weight: Tensor) -> None:

@@ -265,7 +265,7 @@ def _capturing(device: torch.device) -> bool:
 def _identity(item: Item) -> Any:
     """What a table was made for."""
     weight, u, v, rule, *_ = item
-    return weight.data_ptr(), u.data_ptr(), v.data_ptr(), weight.shape, weight.stride(), rule
+    return weight.dtype, weight.data_ptr(), u.data_ptr(), v.data_ptr(), weight.shape, weight.stride(), rule
 
 
 def _like(weight: Tensor, grad: Tensor) -> Tensor:

@@ -301,7 +301,7 @@ def _given(layer: Any) -> Tensor:
 def _leave(step: Any) -> None:
     if isinstance(step, GroupedMethod):
         unswap_class(step)
-        for name in ("given", "seen", "swapped_v"):
+        for name in ("given", "seen", "converted", "swapped_v"):
             step.__dict__.pop(name, None)
 
 
