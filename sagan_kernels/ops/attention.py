@@ -37,7 +37,7 @@ def attention(
         NotImplementedError: `impl` cannot run here, or E is over 256 with "triton"; on the third derivative.
 
     Gradients: first and second order, so gradient penalties (R1, WGAN-GP) work, in O(L + S) memory but for maps of
-    2 MiB or less on a CPU, which are stored. Forward mode works, and over or under one reverse pass, except in reverse
+    4 MiB or less on a CPU, which are stored. Forward mode works, and over or under one reverse pass, except in reverse
     over forward with normalize="queries", and forward over forward, which raise as third order does. Within
     `torch.compile`, `torch.func` and forward mode take the formula, in O(L S) memory, or raise where `impl` is given.
     impl="reference" has every order.
@@ -48,12 +48,12 @@ def attention(
     if normalize not in ("keys", "queries"):
         raise ValueError(f"attention: normalize must be 'keys' or 'queries', got {normalize!r}")
     query, key, value = _autocast(query), _autocast(key), _autocast(value)
-    if len(dtypes := {query.dtype, key.dtype, value.dtype}) > 1:
+    if not query.dtype == key.dtype == value.dtype:
+        dtypes = {query.dtype, key.dtype, value.dtype}
         raise ValueError(f"attention: tensors must have one dtype, got {_listed(dtypes)}")
-    chosen = _choose(impl, query, query.shape[2])
-    out = _attention(query, key, value, normalize, chosen)
+    out, saved = _attention(query, key, value, normalize, _choose(impl, query, query.shape[2]))
     # backward reads out: what the caller may modify in place must be another tensor
-    return out.clone() if chosen != "reference" and out.requires_grad and normalize == "keys" else out
+    return out.clone() if saved else out
 
 
 def sagan_attention(
@@ -176,24 +176,34 @@ def sagan_attention(
         query_bias, out_bias = (b if b is None else _autocast(b) for b in (query_bias, out_bias))
         return sagan_forward(x, query_weight, query_bias, key, value, out_weight, out_bias, gamma)
     query = reference.positions(F.conv2d(x, query_weight, query_bias))  # (B, L, E)
-    o = _attention(query, key, value, normalize, chosen).mT.unflatten(2, x.shape[2:])  # (B, Ev, H, W)
+    o, _ = _attention(query, key, value, normalize, chosen)
+    o = o.mT.unflatten(2, x.shape[2:])  # (B, Ev, H, W)
     return torch.addcmul(x, gamma, o if out_weight is None else F.conv2d(o, out_weight, out_bias))
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor, normalize: Positions, impl: Impl) -> Tensor:
-    """Attention by the implementation chosen; the result must not be modified in place."""
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, normalize: Positions, impl: Impl
+) -> tuple[Tensor, bool]:
+    """Attention by the implementation chosen, and whether the backward pass reads it again.
+
+    A result that is read again must not be modified in place.
+    """
     (B, L, _), S = query.shape, key.shape[1]
     if impl == "reference" or 0 in (B, L, S, *value.shape):
-        return reference.attention(query, key, value, normalize=normalize)
+        return reference.attention(query, key, value, normalize=normalize), False
     if impl == "torch" and not torch.compiler.is_compiling() and not _differentiated(query, key, value):
         # without the operators around them: at batch 1 those take a tenth of the time
         tiles = attention_tiles.forward if normalize == "keys" else attention_tiles.over_queries
-        return tiles(query, key, value)
+        return tiles(query, key, value), False
     if impl == "torch" and _stores_map(B, L, S) and not _transformed():
-        return reference.attention(query, key, value, normalize=normalize)
+        if normalize == "queries":
+            return reference.attention(query, key, value, normalize=normalize), False
+        # as the formula, whose matmul spends microseconds on shapes
+        return torch.bmm(torch.softmax(torch.bmm(query, key.mT), -1), value), False
     if normalize == "queries":
-        return attention_over_queries(query, key, value, impl)
-    return attention_and_lse(query, key, value, impl)[0]
+        return attention_over_queries(query, key, value, impl), False
+    out = attention_and_lse(query, key, value, impl)[0]
+    return out, out.requires_grad
 
 
 def _layer_by_matrices(
@@ -213,7 +223,7 @@ def _layer_by_matrices(
     if pool:
         key_value = reference.positions(F.max_pool2d(key_value.mT.unflatten(2, (H, W)), 2))
     key, value = key_value.split([E, Ev], -1)
-    o = _attention(query, key, value, normalize, "torch")  # (B, L, Ev)
+    o, _ = _attention(query, key, value, normalize, "torch")  # (B, L, Ev)
     if out_weight is None:
         return torch.addcmul(x, gamma, o.mT.unflatten(2, (H, W)))
     mixing = (gamma * out_weight.flatten(1)).expand(B, -1, -1)  # (B, C, Ev)
@@ -250,7 +260,7 @@ def _stores_map(B: int, L: int, S: int) -> bool:
 
 def _choose(impl: Impl | None, tensor: Tensor, E: int) -> Impl:
     """The implementation for keys of width E and the dtype that autocast gives `tensor`."""
-    chosen = choose(impl, _autocast(tensor[:0]))
+    chosen = choose(impl, _autocast(tensor[:0]) if torch.is_autocast_enabled(tensor.device.type) else tensor)
     reason = None
     if chosen == "triton" and E > 256:
         reason, instead = f"the kernels hold keys of width 256 at most, got E {E}", "torch"
@@ -287,19 +297,24 @@ def _autocast(tensor: Tensor) -> Tensor:
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
-    tensors = {"query": query, "key": key, "value": value}
-    for name, tensor in tensors.items():
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
         _check_kind("attention", name, tensor)
-    shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in tensors.items())
+
+    def got() -> str:
+        return ", ".join(
+            f"{name} {tuple(t.shape)}" for name, t in (("query", query), ("key", key), ("value", value))
+        )
+
     if not query.ndim == key.ndim == value.ndim == 3:
-        raise ValueError(f"attention: query, key and value must be 3-D, got {shapes}")
+        raise ValueError(f"attention: query, key and value must be 3-D, got {got()}")
     if not query.shape[0] == key.shape[0] == value.shape[0]:
-        raise ValueError(f"attention: batch sizes must be equal, got {shapes}")
+        raise ValueError(f"attention: batch sizes must be equal, got {got()}")
     if query.shape[2] != key.shape[2]:
-        raise ValueError(f"attention: query and key must have the same width E, got {shapes}")
+        raise ValueError(f"attention: query and key must have the same width E, got {got()}")
     if key.shape[1] != value.shape[1]:
-        raise ValueError(f"attention: key and value must have the same length S, got {shapes}")
-    if len(devices := {t.device for t in tensors.values()}) > 1:
+        raise ValueError(f"attention: key and value must have the same length S, got {got()}")
+    if not query.device == key.device == value.device:
+        devices = {query.device, key.device, value.device}
         raise ValueError(f"attention: tensors must be on one device, got {_listed(devices)}")
 
 
