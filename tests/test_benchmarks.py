@@ -1,5 +1,6 @@
 """The arithmetic of the benchmarks: what is compared, bounded, fitted and searched, on figures worked out by hand."""
 
+import dataclasses
 import json
 import math
 
@@ -21,6 +22,19 @@ def test_check_refuses_a_wrong_result():
     wrong = case(eager=lambda: EXPECTED.float(), ours=lambda: EXPECTED.float() + 1e-3)
     with pytest.raises(AssertionError, match=r"ours must be within 1e-04 of float64, got 2\.5e-04"):
         measuring.check(wrong)
+
+
+def test_check_of_a_network_takes_the_mean_error():
+    few = torch.arange(1000.0).double()
+    flipped = few.float().clone()
+    flipped[7] += 10  # 1e-2 of the largest, 1e-5 in the mean
+    forms = {"eager": Contender(lambda: few), "ours": Contender(lambda: flipped)}
+    network = Case("suite", "task", "shape", forms, lambda: few, tolerance=1e-4)
+    assert measuring.check(network)["ours"].error == pytest.approx(1e-5, rel=0.01)
+    with pytest.raises(AssertionError, match="ours must be within 1e-04"):
+        measuring.check(dataclasses.replace(network, tolerance=None))
+    with pytest.raises(AssertionError, match="ours must be within 1e-06"):
+        measuring.check(dataclasses.replace(network, tolerance=1e-6))
 
 
 def test_check_keeps_a_contender_that_cannot_run_but_never_excuses_ours():
