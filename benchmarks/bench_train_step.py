@@ -16,7 +16,11 @@ if torch.cuda.is_available():
 
 
 def case(shape):
-    """Each contender has a copy of its own: a step moves the vectors of the power iteration."""
+    """Each contender has a copy of its own: a step moves the vectors of the power iteration.
+
+    Gradients of biases nearly cancel between real and fake at initialization, so one ReLU that chooses otherwise shows:
+    float32 is 1e-3 off in the mean there, float64 2e-14.
+    """
     resolution, base_channels, attention_at, batch = shape
     torch.manual_seed(0)
     model = Discriminator(resolution, 10, base_channels=base_channels, attention_at=[attention_at])
@@ -48,7 +52,7 @@ def case(shape):
     }
     name = f"{resolution}px ch{base_channels} attention{attention_at}"
     return measuring.Case(
-        "training step", "forward + backward", name, contenders, exact, batch=batch, tolerance=1e-3
+        "training step", "forward + backward", name, contenders, exact, batch=batch, tolerance=5e-3
     )
 
 

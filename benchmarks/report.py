@@ -1,14 +1,15 @@
-"""Tables and plots of results: python -m benchmarks.report RESULTS.json... [--against OLD.json] [--out FOLDER].
+"""Tables and plots of results: python -m benchmarks.report RESULTS.json... [--brief] [--out FOLDER] [--against OLD].
 
 Takes what `pytest benchmarks --benchmark-only --benchmark-json=RESULTS.json` and `python -m benchmarks.scaling` write.
 Prints Markdown. With --out, writes report.md and the plots there; plots need matplotlib, which the extra `dev` has.
+With --brief, prints a line a shape: ours beside the fastest of the others.
 With --against, only compares: a change counts where it is more than twice the noise of both files together.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ def main() -> None:
     )
     parser.add_argument("results", nargs="+", type=Path)
     parser.add_argument("--against", type=Path, help="earlier results to compare with")
+    parser.add_argument("--brief", action="store_true", help="one line a shape")
     parser.add_argument("--out", type=Path, help="folder for report.md and plots")
     arguments = parser.parse_args()
     try:
@@ -34,7 +36,8 @@ def main() -> None:
             return
     except (ValueError, FileNotFoundError) as error:
         sys.exit(str(error))
-    text = "\n\n".join(part for result in results for part in sections(result)) + "\n"
+    tabulate = brief if arguments.brief else table
+    text = "\n\n".join(part for result in results for part in sections(result, tabulate)) + "\n"
     print(text)
     if arguments.out:
         from benchmarks import plots
@@ -67,11 +70,14 @@ def load(path: Path) -> dict[str, Any]:
     return found
 
 
-def sections(result: dict[str, Any]) -> Iterator[str]:
+def sections(
+    result: dict[str, Any], tabulate: Callable[[list[Row], Row], str] | None = None
+) -> Iterator[str]:
     """The report of one file: where it was measured, a table a suite, the curves."""
     yield provenance(result["run"])
     for suite in dict.fromkeys(case["suite"] for case in result["cases"]):
-        yield f"### {suite}\n\n" + table([c for c in result["cases"] if c["suite"] == suite], result["run"])
+        cases = [case for case in result["cases"] if case["suite"] == suite]
+        yield f"### {suite}\n\n" + (tabulate or table)(cases, result["run"])
     if result["curves"]:
         yield "### scaling\n\n" + curve_table(result["curves"])
 
@@ -113,6 +119,34 @@ def table(cases: list[Row], run: Row) -> str:
                 ]  # fmt: skip
             lines.append("| " + " | ".join(str(cell) for cell in [*what, label, *cells]) + " |")
     return "\n".join(lines)
+
+
+def brief(cases: list[Row], run: Row) -> str:
+    """A line a shape, a column a task: the baseline's time, our speed over it, and the fastest of the others."""
+    tasks = list(dict.fromkeys(case["task"] for case in cases))
+    by_shape: dict[tuple[Any, ...], dict[str, Row]] = {}
+    for case in cases:
+        by_shape.setdefault(tuple(case[k] for k in ("shape", "batch", "dtype", "layout")), {})[
+            case["task"]
+        ] = case
+    lines = [f"| shape | {' | '.join(tasks)} |", f"|---|{'---|' * len(tasks)}"]
+    for (shape, batch, dtype, layout), found in by_shape.items():
+        form = "".join(f", {word}" for word in (dtype, layout) if word not in ("float32", "NCHW"))
+        cells = [_brief_cell(found[task]["contenders"]) if task in found else "" for task in tasks]
+        lines.append(f"| {shape}, B {batch}{form} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _brief_cell(contenders: dict[str, Row]) -> str:
+    """Baseline, ours (the last, and other forms of it), then the fastest of the rest."""
+    baseline, *names = [name for name, row in contenders.items() if "speedup" in row]
+    ours = [names[-1], *(name for name in names[:-1] if name.startswith("ours"))]
+    others = [name for name in names if name not in ours]
+    told = [f"{baseline} {contenders[baseline]['median_ms']:.3g} ms"]
+    for name in [*ours, *sorted(others, key=lambda name: -contenders[name]["speedup"])[:1]]:
+        ratio = contenders[name]["speedup"]
+        told.append(f"{name} {ratio:.2f}×" if ratio >= 1 or name not in ours else f"{name} **{ratio:.2f}×**")
+    return "; ".join(told)
 
 
 def speed(row: Row) -> str:

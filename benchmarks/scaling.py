@@ -1,8 +1,9 @@
-"""How cost grows: python -m benchmarks.scaling --out SCALING.json [--only L B C processes] [--largest 16384].
+"""How cost grows: python -m benchmarks.scaling --out SCALING.json [--only L B C layers processes].
 
-Time and peak memory of attention against positions L and batch B, of the whole layer against channels C, with fitted
-exponents; images a second of sampling, and of sampling with the features that scores are computed from, over processes.
-`python -m benchmarks.report SCALING.json` draws the curves. BENCH_THREADS fixes the threads of the first three.
+Time and peak memory of attention against positions L and batch B, of the whole layer against channels C, of spectral
+norm against the number of layers, with fitted exponents; the time of sampling, and of sampling with the features that
+scores are computed from, over processes of one thread each. BENCH_THREADS fixes the threads of the others.
+`python -m benchmarks.report SCALING.json` draws the curves.
 """
 
 import argparse
@@ -24,7 +25,7 @@ import torch
 from benchmarks import measuring, roofline
 from sagan_kernels.files import write_atomically
 
-KEPT = ("eager", "SDPA flash", "ours")
+KEPT = ("eager", "SDPA flash", "ours", "parametrization", "hook", "grouped")
 
 
 @dataclasses.dataclass
@@ -205,7 +206,17 @@ def _channels(largest: int) -> list[tuple[str, Callable[[int], measuring.Case], 
     return [("layer, forward + backward, 32×32, B 4", make, [32, 64, 128, 256, 512])]
 
 
-AXES = {"L": _positions, "B": _batches, "C": _channels}
+def _layers(largest: int) -> list[tuple[str, Callable[[int], measuring.Case], list[int]]]:
+    from benchmarks import bench_spectral_norm as suite
+
+    def make(count: int) -> measuring.Case:
+        models = suite.checked(suite.contenders(lambda: [suite.conv(32, 32, 3) for _ in range(count)]))
+        return suite.case("forward_backward", str(count), suite.forward_backward(models))
+
+    return [("spectral norm, forward + backward, conv 32 to 32, 3×3", make, [4, 8, 16, 32, 64, 128])]
+
+
+AXES = {"L": _positions, "B": _batches, "C": _channels, "layers": _layers}
 
 
 if __name__ == "__main__":

@@ -125,6 +125,14 @@ def test_curve_of_a_contender_that_fails_says_why():
     assert ours.exponent is not None
 
 
+def test_curve_over_layers_compares_three_forms():
+    ((what, make, _),) = scaling.AXES["layers"](0)
+    curves = scaling.along(what, "layers", [2, 4], make, rounds=1)
+    assert [curve.contender for curve in curves] == ["parametrization", "hook", "grouped"]
+    assert all(curve.x == [2, 4] and min(curve.ms) > 0 for curve in curves)
+    assert len(make(3).contenders["grouped"].call()) == 3  # a gradient for each layer
+
+
 def results(tmp_path, name, speedup, spread, unavailable=""):
     row = {"speedup": speedup, "quartiles_speedup": [speedup - spread, speedup + spread], "rounds": 9}
     row |= {"median_ms": 2.0, "quartiles_ms": [2.0, 2.0], "error": 1e-7}
@@ -153,6 +161,21 @@ def test_report_shows_losses_reasons_and_the_roofline(tmp_path):
     assert "unavailable: no compiler" in text
     assert "50% (exp)" in text  # a million exponentials take 1 ms, and 2 ms were measured
     assert "copy 8.0 GB/s" in text
+
+
+def test_brief_report_has_a_line_a_shape_with_the_fastest_of_the_others(tmp_path):
+    result = report.load(results(tmp_path, "a", 0.5, 0.01))
+    faster = {"speedup": 1.7, "median_ms": 0.6}
+    result["cases"][0]["contenders"] = {
+        "eager": {"speedup": 1.0, "median_ms": 1.0}, "slow": {"speedup": 0.9, "median_ms": 1.1},
+        "fast": faster, "absent": {"unavailable": "no compiler"}, "ours, bf16": {"speedup": 2.0, "median_ms": 0.5},
+        "ours": {"speedup": 0.5, "median_ms": 2.0},
+    }  # fmt: skip
+    assert report.brief(result["cases"], result["run"]).splitlines() == [
+        "| shape | forward |",
+        "|---|---|",
+        "| tiny, B 4 | eager 1 ms; ours **0.50×**; ours, bf16 2.00×; fast 1.70× |",
+    ]
 
 
 @pytest.mark.parametrize(("new", "verdict"), [(2.2, "within noise"), (2.6, "faster"), (1.4, "slower")])
