@@ -341,8 +341,10 @@ def _processor() -> str:
 def _command() -> str:
     module = sys.modules["__main__"].__spec__
     name = f"python -m {module.name.removesuffix('.__main__')}" if module else Path(sys.argv[0]).name
-    threads = os.environ.get("BENCH_THREADS")
-    return " ".join([*([f"BENCH_THREADS={threads}"] if threads else []), name, shlex.join(sys.argv[1:])])
+    asked = [
+        f"{key}={shlex.quote(os.environ[key])}" for key in sorted(os.environ) if key.startswith("BENCH_")
+    ]
+    return " ".join([*asked, name, shlex.join(sys.argv[1:])])
 
 
 def _commit() -> str:

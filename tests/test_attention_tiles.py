@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sagan_kernels import reference
-from sagan_kernels.ops import attention_tiles
+from sagan_kernels.ops import attention, attention_tiles
 
 # (B, L, S, E, Ev): lengths and widths that no tile divides, then every axis at one, then at none
 SHAPES = [(3, 13, 7, 3, 5), (2, 36, 9, 8, 32), (1, 1, 1, 1, 1), (1, 17, 1, 4, 1), (2, 1, 19, 1, 6)]
@@ -153,3 +153,38 @@ def test_no_single_allocation_is_of_the_size_of_the_map(name):
         getattr(attention_tiles, name)(*arguments, budget=1 << 16)
     allocated = max(event.cpu_memory_usage for event in profile.events())
     assert 0 < allocated <= 4 * (1 << 17) * 4 < L * S * 4
+
+
+@pytest.mark.parametrize("learns", [False, True])
+@pytest.mark.parametrize("lies_as_value", [False, True])
+def test_whole_map_is_the_formula_and_lies_as_asked(lies_as_value, learns):
+    torch.manual_seed(0)
+    query, key, value = (
+        torch.randn(3, width, rows).double().mT.requires_grad_(learns)
+        for rows, width in ((35, 5), (12, 5), (12, 7))
+    )
+    out = attention_tiles.whole(query, key, value, lies_as_value=lies_as_value)
+    torch.testing.assert_close(out, reference.attention(query, key, value), rtol=0, atol=1e-14)
+    assert (out.mT if lies_as_value else out).is_contiguous()
+    assert out.requires_grad == learns
+
+
+@pytest.mark.parametrize("learns", [False, True])
+def test_small_results_are_contiguous_whatever_the_arguments(learns):
+    query, key, value = (
+        torch.randn(2, width, rows).mT.requires_grad_(learns) for rows, width in ((9, 4), (5, 4), (5, 6))
+    )
+    assert attention(query, key, value).is_contiguous()
+
+
+def test_one_tile_is_told_by_size_and_dtype():
+    def tensors(B, L, S, dtype=torch.float32):
+        return (
+            torch.empty(B, L, 2, dtype=dtype),
+            torch.empty(B, S, 2, dtype=dtype),
+            torch.empty(B, S, 3, dtype=dtype),
+        )
+
+    assert attention_tiles.is_one_tile(*tensors(4, 256, 256))
+    assert not attention_tiles.is_one_tile(*tensors(4, 257, 256))
+    assert not attention_tiles.is_one_tile(*tensors(1, 3, 3, torch.bfloat16))  # summed in float32

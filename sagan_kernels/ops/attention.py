@@ -140,16 +140,18 @@ def sagan_attention(
             query_bias=query_bias, key_bias=key_bias, value_bias=value_bias, out_bias=out_bias,
             pool=pool, normalize=normalize,
         )  # fmt: skip
-    # at batch 1 the convolutions are as fast or faster
+    # at batch 1, unpooled, or over few channels the convolutions are as fast or faster
     if (
         chosen == "torch"
         and x.device.type == "cpu"
+        and pool
         and x.shape[0] > 1
+        and C >= 32
         and not torch.is_autocast_enabled("cpu")
     ):
         return _layer_by_matrices(
             x, query_weight, key_weight, value_weight, out_weight, gamma,
-            query_bias, key_bias, value_bias, out_bias, pool, normalize,
+            query_bias, key_bias, value_bias, out_bias, normalize,
         )  # fmt: skip
     if chosen == "triton" and pool:
         weight, bias = _stacked(key_weight, value_weight, key_bias, value_bias)
@@ -176,30 +178,37 @@ def sagan_attention(
         query_bias, out_bias = (b if b is None else _autocast(b) for b in (query_bias, out_bias))
         return sagan_forward(x, query_weight, query_bias, key, value, out_weight, out_bias, gamma)
     query = reference.positions(F.conv2d(x, query_weight, query_bias))  # (B, L, E)
-    o, _ = _attention(query, key, value, normalize, chosen)
+    o, _ = _attention(query, key, value, normalize, chosen, lies_as_value=True)
     o = o.mT.unflatten(2, x.shape[2:])  # (B, Ev, H, W)
     return torch.addcmul(x, gamma, o if out_weight is None else F.conv2d(o, out_weight, out_bias))
 
 
 def _attention(
-    query: Tensor, key: Tensor, value: Tensor, normalize: Positions, impl: Impl
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    normalize: Positions,
+    impl: Impl,
+    *,
+    lies_as_value: bool = False,
 ) -> tuple[Tensor, bool]:
     """Attention by the implementation chosen, and whether the backward pass reads it again.
 
-    A result that is read again must not be modified in place.
+    A result that is read again must not be modified in place. `lies_as_value` allows strides as in `value`.
     """
     (B, L, _), S = query.shape, key.shape[1]
     if impl == "reference" or 0 in (B, L, S, *value.shape):
         return reference.attention(query, key, value, normalize=normalize), False
     if impl == "torch" and not torch.compiler.is_compiling() and not _differentiated(query, key, value):
+        if normalize == "keys" and attention_tiles.is_one_tile(query, key, value):
+            return attention_tiles.whole(query, key, value, lies_as_value=lies_as_value), False
         # without the operators around them: at batch 1 those take a tenth of the time
         tiles = attention_tiles.forward if normalize == "keys" else attention_tiles.over_queries
         return tiles(query, key, value), False
     if impl == "torch" and _stores_map(B, L, S) and not _transformed():
         if normalize == "queries":
             return reference.attention(query, key, value, normalize=normalize), False
-        # as the formula, whose matmul spends microseconds on shapes
-        return torch.bmm(torch.softmax(torch.bmm(query, key.mT), -1), value), False
+        return attention_tiles.whole(query, key, value, lies_as_value=lies_as_value), False
     if normalize == "queries":
         return attention_over_queries(query, key, value, impl), False
     out = attention_and_lse(query, key, value, impl)[0]
@@ -209,9 +218,9 @@ def _attention(
 def _layer_by_matrices(
     x: Tensor, query_weight: Tensor, key_weight: Tensor, value_weight: Tensor, out_weight: Tensor | None,
     gamma: Tensor, query_bias: Tensor | None, key_bias: Tensor | None, value_bias: Tensor | None,
-    out_bias: Tensor | None, pool: bool, normalize: Positions,
+    out_bias: Tensor | None, normalize: Positions,
 ) -> Tensor:  # fmt: skip
-    """The layer on a CPU: one product for all projections, positions first, where the max-pool is vectorized."""
+    """The pooled layer on a CPU: one product for all projections, positions first, where the max-pool is vectorized."""
     (B, _, H, W), E, Ev = x.shape, query_weight.shape[0], value_weight.shape[0]
     rows = reference.positions(x)  # (B, L, C)
     weight = torch.cat([w.flatten(1) for w in (query_weight, key_weight, value_weight)])
@@ -220,8 +229,7 @@ def _layer_by_matrices(
         biases = zip((query_bias, key_bias, value_bias), (E, E, Ev), strict=True)
         projected = projected + torch.cat([x.new_zeros(n) if b is None else b for b, n in biases])
     query, key_value = projected.split([E, E + Ev], -1)
-    if pool:
-        key_value = reference.positions(F.max_pool2d(key_value.mT.unflatten(2, (H, W)), 2))
+    key_value = reference.positions(F.max_pool2d(key_value.mT.unflatten(2, (H, W)), 2))
     key, value = key_value.split([E, Ev], -1)
     o, _ = _attention(query, key, value, normalize, "torch")  # (B, L, Ev)
     if out_weight is None:

@@ -37,19 +37,35 @@ def forward(query: Tensor, key: Tensor, value: Tensor, *, budget: int = TILE_SCO
     Returns:
         (B, L, Ev) in the dtype of `value`.
     """
-    (B, L, _), (_, S, Ev) = query.shape, value.shape
-    plain = query.dtype == key.dtype == value.dtype and query.dtype.itemsize >= 4
-    if plain and tile_shape(B, L, S, budget) == (B, L):
-        # one tile: at 8×8 positions all that is below takes four times as long as the products
-        scores = torch.bmm(query, key.mT)
-        return torch.bmm(torch.softmax(scores, -1, out=scores), value)
     q, k, v = _computed(query, key, value)
+    (B, L, _), (_, S, Ev) = q.shape, v.shape
     out = q.new_empty(B, L, Ev)
     (p_buffer,) = _buffers(q, S, budget, 1)
     for images, rows in _tiles(B, L, S, budget):
         p = _softmax_tile(q[images, rows], k[images], p_buffer)
         torch.bmm(p, v[images], out=out[images, rows])
     return out.to(value.dtype)
+
+
+def whole(query: Tensor, key: Tensor, value: Tensor, *, lies_as_value: bool = False) -> Tensor:
+    """`forward` with the whole map at once, which autograd may see; computed in the dtype of the tensors.
+
+    Args:
+        query: (B, L, E).
+        key: (B, S, E).
+        value: (B, S, Ev).
+        lies_as_value: let the result have its positions inside where they are so in `value`: a feature map in NCHW
+            stays one, so that what follows need not read it across its rows.
+
+    Returns:
+        (B, L, Ev).
+    """
+    weights = torch.bmm(query, key.mT)
+    seen = weights.requires_grad or torch.compiler.is_compiling()
+    weights = torch.softmax(weights, -1) if seen else torch.softmax(weights, -1, out=weights)
+    if lies_as_value and value.mT.is_contiguous():
+        return torch.bmm(value.mT, weights.mT).mT
+    return torch.bmm(weights, value)
 
 
 def backward(
@@ -207,6 +223,13 @@ def tile_shape(B: int, L: int, S: int, budget: int = TILE_SCORES) -> tuple[int, 
     most_rows = max(1, min(L, budget // max(1, min(S, 1024))))
     parts = max(1, -(-L // most_rows))
     return images, max(1, -(-L // parts))
+
+
+def is_one_tile(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether a forward pass is one tile in 32 or 64 bits: `whole` takes as little as a quarter of the loop's time."""
+    (B, L, _), S = query.shape, key.shape[1]
+    plain = query.dtype == key.dtype == value.dtype and query.dtype.itemsize >= 4
+    return plain and tile_shape(B, L, S) == (B, L)
 
 
 def stores_map(B: int, L: int, S: int) -> bool:
