@@ -44,6 +44,11 @@ def versus(benchmark):
     return run
 
 
+def pytest_benchmark_update_machine_info(config, machine_info):
+    for key in ("node", "release"):  # whose machine it was is nobody's business
+        machine_info.pop(key, None)
+
+
 def pytest_benchmark_update_json(config, benchmarks, output_json):
     dtypes = sorted({b.extra_info["dtype"] for b in benchmarks if "contenders" in b.extra_info})
     ceilings = roofline.measure_ceilings(measuring.device(), dtypes)

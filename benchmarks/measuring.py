@@ -266,7 +266,7 @@ def environment() -> dict[str, Any]:
     found = {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
         "kind": device().type,
-        "platform": platform.platform(terse=True),
+        "platform": f"{platform.system()} {platform.machine()}",
         "threads": int(os.environ.get("BENCH_THREADS", torch.get_num_threads())),
         "processors": os.cpu_count(),
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,

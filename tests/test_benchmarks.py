@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -263,3 +264,22 @@ def test_tune_without_a_gpu_says_so(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="tune: needs a GPU, got none"):
         tune.main()
+
+
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+
+
+def test_committed_table_is_that_of_the_results():
+    results = [report.load(path) for path in sorted(RESULTS.glob("cpu_*.json"))]
+    parts = [part for result in results for part in report.sections(result, report.brief)]
+    assert (RESULTS / "cpu.md").read_text(encoding="utf-8").strip() == "\n\n".join(parts), (
+        "write it again: python -m benchmarks.report benchmarks/results/cpu_*.json --brief > benchmarks/results/cpu.md"
+    )
+
+
+def test_figures_in_the_readme_are_those_of_the_results():
+    table = (RESULTS / "cpu.md").read_text(encoding="utf-8").splitlines()
+    readme = (RESULTS.parents[1] / "README.md").read_text(encoding="utf-8").splitlines()
+    measured = [line for line in readme if line.startswith("| ") and " ms; " in line and "×" in line]
+    assert len(measured) >= 20
+    assert set(measured) <= set(table)
