@@ -235,9 +235,9 @@ def is_one_tile(query: Tensor, key: Tensor, value: Tensor) -> bool:
 def stores_map(B: int, L: int, S: int) -> bool:
     """Whether the plain formula, which stores the (B, L, S) map, is faster than tiles: the map is 4 MiB or less.
 
-    A small map stays in the cache until the backward pass, which need not compute it again. At 4 MiB tiles reach 0.88
-    to 1.0 of the formula's speed forward + backward, and 0.7 to 1.6 in an R1 step, the more the narrower the values;
-    beyond it they are faster. At 32 MiB the plain formula spends more time on fresh pages than on softmax.
+    A small map stays in the cache until the backward pass, which need not compute it again. Beyond the limit tiles are
+    as fast or faster; at it they lose forward + backward, and win in an R1 step where values are narrow. A map of
+    32 MiB costs more in fresh pages than in softmax.
     """
     return B * L * S <= STORED_SCORES
 
