@@ -155,18 +155,33 @@ def test_no_single_allocation_is_of_the_size_of_the_map(name):
     assert 0 < allocated <= 4 * (1 << 17) * 4 < L * S * 4
 
 
+@pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("learns", [False, True])
 @pytest.mark.parametrize("lies_as_value", [False, True])
-def test_whole_map_is_the_formula_and_lies_as_asked(lies_as_value, learns):
+def test_whole_map_is_the_formula_and_lies_as_asked(lies_as_value, learns, grad):
     torch.manual_seed(0)
     query, key, value = (
         torch.randn(3, width, rows).double().mT.requires_grad_(learns)
         for rows, width in ((35, 5), (12, 5), (12, 7))
     )
-    out = attention_tiles.whole(query, key, value, lies_as_value=lies_as_value)
+    with torch.set_grad_enabled(grad):
+        out = attention_tiles.whole(query, key, value, lies_as_value=lies_as_value)
     torch.testing.assert_close(out, reference.attention(query, key, value), rtol=0, atol=1e-14)
     assert (out.mT if lies_as_value else out).is_contiguous()
-    assert out.requires_grad == learns
+    assert out.requires_grad == (learns and grad)
+
+
+@pytest.mark.parametrize("budget", [7, 100, 1000])
+def test_tiled_result_lies_as_asked(budget):
+    torch.manual_seed(0)
+    query, key, value = (
+        torch.randn(3, width, rows).double().mT for rows, width in ((35, 5), (12, 5), (12, 7))
+    )
+    out = attention_tiles.forward(query, key, value, budget=budget, lies_as_value=True)
+    torch.testing.assert_close(out, reference.attention(query, key, value), rtol=0, atol=1e-14)
+    assert out.mT.is_contiguous()
+    rows = attention_tiles.forward(query, key, value.contiguous(), budget=budget, lies_as_value=True)
+    assert rows.is_contiguous()
 
 
 @pytest.mark.parametrize("learns", [False, True])

@@ -157,6 +157,18 @@ def test_module_compiles_whole_with_gradients(impl, monkeypatch):
         assert_same(compiled(x), module(x))
 
 
+def test_layers_of_free_sizes_compile_whole():
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    # the second width makes the number of channels a free size
+    for layer in (SelfAttention2d(32), SelfAttention2d(64)):
+        torch.nn.init.constant_(layer.gamma, 0.5)
+        x = torch.randn(2, layer.query.in_channels, 9, 7)
+        expected = layer(x)
+        layer.compile(fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(layer(x), expected)
+
+
 def test_forward_mode_within_compile_is_right_or_refused():
     torch._dynamo.reset()
     q, k, v = qkv()

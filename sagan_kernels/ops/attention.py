@@ -5,6 +5,7 @@ from typing import Literal, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import Parameter
 
 from sagan_kernels import reference
 from sagan_kernels.ops import attention_tiles, configs
@@ -107,18 +108,26 @@ def sagan_attention(
         if weight.ndim < 2:
             raise ValueError(f"sagan_attention: {name} must be (E, C, 1, 1), got {tuple(weight.shape)}")
     E, Ev = query_weight.shape[0], value_weight.shape[0]
-    weights = {
-        "query_weight": (query_weight, (E, C)),
-        "key_weight": (key_weight, (E, C)),
-        "value_weight": (value_weight, (Ev, C)),
-        "out_weight": (out_weight, (C, Ev)),
-        "query_bias": (query_bias, (E,)),
-        "key_bias": (key_bias, (E,)),
-        "value_bias": (value_bias, (Ev,)),
-        "out_bias": (out_bias, (C,)),
-    }
-    for name, (tensor, shape) in weights.items():
-        _check_weight(x, name, tensor, shape)
+    dtype, device = x.dtype, x.device
+    for name, tensor, shape in (
+        ("query_weight", query_weight, (E, C, 1, 1)),
+        ("key_weight", key_weight, (E, C, 1, 1)),
+        ("value_weight", value_weight, (Ev, C, 1, 1)),
+        ("out_weight", out_weight, (C, Ev, 1, 1)),
+        ("query_bias", query_bias, (E,)),
+        ("key_bias", key_bias, (E,)),
+        ("value_bias", value_bias, (Ev,)),
+        ("out_bias", out_bias, (C,)),
+        ("gamma", gamma, gamma.shape),
+    ):
+        # checks take a good part of a small layer's time on a CPU, and nearly all pass at the first look
+        if tensor is not None and not (
+            type(tensor) in (Tensor, Parameter)
+            and tensor.dtype == dtype
+            and tensor.device == device
+            and tensor.shape == shape
+        ):
+            _check_weight(x, name, tensor, shape)
     if out_weight is None and Ev != C:
         raise ValueError(f"sagan_attention: without out_weight value_weight must be (C, C), got {(Ev, C)}")
     if out_weight is None and out_bias is not None:
@@ -127,12 +136,12 @@ def sagan_attention(
         )
     if gamma.numel() != 1:
         raise ValueError(f"sagan_attention: gamma must have one element, got {tuple(gamma.shape)}")
-    _check_weight(x, "gamma", gamma, tuple(gamma.shape))
-    gamma = gamma.reshape(())
+    gamma = gamma.reshape(()) if gamma.ndim else gamma
     query_weight, key_weight, value_weight = (
-        w.reshape(*w.shape[:2], 1, 1) for w in (query_weight, key_weight, value_weight)
+        w if w.ndim == 4 else w.reshape(*w.shape[:2], 1, 1) for w in (query_weight, key_weight, value_weight)
     )
-    out_weight = out_weight if out_weight is None else out_weight.reshape(C, Ev, 1, 1)
+    if out_weight is not None and out_weight.ndim < 4:
+        out_weight = out_weight.reshape(C, Ev, 1, 1)
     chosen = _choose(impl, x, E)
     if chosen == "reference":
         return reference.sagan_attention(
@@ -179,7 +188,7 @@ def sagan_attention(
         return sagan_forward(x, query_weight, query_bias, key, value, out_weight, out_bias, gamma)
     query = reference.positions(F.conv2d(x, query_weight, query_bias))  # (B, L, E)
     o, _ = _attention(query, key, value, normalize, chosen, lies_as_value=True)
-    o = o.mT.unflatten(2, x.shape[2:])  # (B, Ev, H, W)
+    o = o.mT.reshape(x.shape[0], Ev, *x.shape[2:])
     return torch.addcmul(x, gamma, o if out_weight is None else F.conv2d(o, out_weight, out_bias))
 
 
@@ -203,8 +212,9 @@ def _attention(
         if normalize == "keys" and attention_tiles.is_one_tile(query, key, value):
             return attention_tiles.whole(query, key, value, lies_as_value=lies_as_value), False
         # without the operators around them: at batch 1 those take a tenth of the time
-        tiles = attention_tiles.forward if normalize == "keys" else attention_tiles.over_queries
-        return tiles(query, key, value), False
+        if normalize == "keys":
+            return attention_tiles.forward(query, key, value, lies_as_value=lies_as_value), False
+        return attention_tiles.over_queries(query, key, value), False
     if impl == "torch" and _stores_map(B, L, S) and not _transformed():
         if normalize == "queries":
             return reference.attention(query, key, value, normalize=normalize), False
@@ -337,14 +347,14 @@ def _check_layer(x: Tensor, pool: bool, normalize: Positions) -> None:
         raise ValueError(f"sagan_attention: normalize must be 'keys' or 'queries', got {normalize!r}")
 
 
-def _check_weight(x: Tensor, name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
-    if tensor is None:
-        return
+def _check_weight(x: Tensor, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     _check_kind("sagan_attention", name, tensor)
-    if tuple(tensor.shape) not in (shape, (*shape, 1), (*shape, 1, 1))[: 1 if len(shape) < 2 else 3]:
-        wanted = f"{shape}" if len(shape) == 1 else f"{(*shape, 1, 1)}"
+    rest = shape[tensor.ndim :] if len(shape) == 4 and tensor.ndim > 1 else ()
+    if tensor.shape + rest != torch.Size(
+        shape
+    ):  # not as tuples: a free size of a traced program compares as itself
         raise ValueError(
-            f"sagan_attention: {name} must be {wanted} for x {tuple(x.shape)}, got {tuple(tensor.shape)}"
+            f"sagan_attention: {name} must be {shape} for x {tuple(x.shape)}, got {tuple(tensor.shape)}"
         )
     if tensor.device != x.device:
         raise ValueError(f"sagan_attention: {name} must be on {x.device} as x is, got {tensor.device}")

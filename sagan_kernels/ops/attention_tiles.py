@@ -25,7 +25,9 @@ STORED_SCORES = 1 << 20  # elements of a map that is better stored: 4 MiB in flo
 _softmax_backward = torch.ops.aten._softmax_backward_data.out  # the public ops need three passes for its one
 
 
-def forward(query: Tensor, key: Tensor, value: Tensor, *, budget: int = TILE_SCORES) -> Tensor:
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, *, budget: int = TILE_SCORES, lies_as_value: bool = False
+) -> Tensor:
     """softmax(query keyᵀ) value.
 
     Args:
@@ -33,14 +35,22 @@ def forward(query: Tensor, key: Tensor, value: Tensor, *, budget: int = TILE_SCO
         key: (B, S, E).
         value: (B, S, Ev).
         budget: elements of a tile of the map; a tile has at least one row.
+        lies_as_value: let the result have its positions inside where they are so in `value`: a feature map in NCHW
+            stays one, so that what follows need not read it across its rows.
 
     Returns:
         (B, L, Ev) in the dtype of `value`.
     """
     q, k, v = _computed(query, key, value)
     (B, L, _), (_, S, Ev) = q.shape, v.shape
-    out = q.new_empty(B, L, Ev)
     (p_buffer,) = _buffers(q, S, budget, 1)
+    if lies_as_value and value.mT.is_contiguous():
+        out = q.new_empty(B, Ev, L)
+        for images, rows in _tiles(B, L, S, budget):
+            p = _softmax_tile(q[images, rows], k[images], p_buffer)
+            torch.bmm(v[images].mT, p.mT, out=out[images, :, rows])
+        return out.mT.to(value.dtype)
+    out = q.new_empty(B, L, Ev)
     for images, rows in _tiles(B, L, S, budget):
         p = _softmax_tile(q[images, rows], k[images], p_buffer)
         torch.bmm(p, v[images], out=out[images, rows])
@@ -54,18 +64,18 @@ def whole(query: Tensor, key: Tensor, value: Tensor, *, lies_as_value: bool = Fa
         query: (B, L, E).
         key: (B, S, E).
         value: (B, S, Ev).
-        lies_as_value: let the result have its positions inside where they are so in `value`: a feature map in NCHW
-            stays one, so that what follows need not read it across its rows.
+        lies_as_value: as in `forward`.
 
     Returns:
         (B, L, Ev).
     """
+    inside = lies_as_value and value.mT.is_contiguous()
+    if inside and torch.is_grad_enabled():  # forward alone the softmax of columns is the slower one
+        return torch.bmm(value.mT, torch.softmax(torch.bmm(key, query.mT), 1)).mT
     weights = torch.bmm(query, key.mT)
     seen = weights.requires_grad or torch.compiler.is_compiling()
     weights = torch.softmax(weights, -1) if seen else torch.softmax(weights, -1, out=weights)
-    if lies_as_value and value.mT.is_contiguous():
-        return torch.bmm(value.mT, weights.mT).mT
-    return torch.bmm(weights, value)
+    return torch.bmm(value.mT, weights.mT).mT if inside else torch.bmm(weights, value)
 
 
 def backward(
