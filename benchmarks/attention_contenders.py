@@ -34,7 +34,7 @@ def of_layer(task: str, layer: torch.nn.Module, x: Tensor) -> dict[str, Contende
     for name, (core, note, compiles) in _core_table(x.device.type).items():
         if name not in (BASELINE, OURS, "torch.compile"):
             forms[name] = (functools.partial(layer_around, core), note, compiles)
-    forms["torch.compile"] = (_compiled(eager_layer), "of the eager layer", True)
+    forms["torch.compile"] = (torch.compile(eager_layer, dynamic=False), "of the eager layer", True)
     forms[OURS] = (lambda layer, x: layer(x), "", False)
     grad = gradient_like(x)
     wanted = [x, *layer.parameters()]
@@ -121,7 +121,7 @@ def _core_table(device: str) -> dict[str, tuple[Attention, str, bool]]:
         note = "stores the map" if backend == SDPBackend.MATH else "padded to equal widths"
         table[name] = (functools.partial(sdpa, backend), note, False)
     table["FlexAttention"] = (flex, "widths padded to 16", True)
-    table["torch.compile"] = (_compiled(eager), "of eager", True)
+    table["torch.compile"] = (torch.compile(eager, dynamic=False), "of eager", True)
     table[OURS] = (attention, "", False)
     return table
 
@@ -132,19 +132,6 @@ def _on_tensors(made: tuple[Attention, str, bool], task: str, tensors: list[Tens
     grad = gradient_like(query.new_empty(*query.shape[:2], value.shape[2]))
     forward = functools.partial(core, *tensors)
     return Contender(functools.partial(passes, task, forward, tensors, tensors, grad), note, compiles)
-
-
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A fresh compilation on first call, so that its time is its own."""
-    made: list[Callable[..., Any]] = []
-
-    def call(*arguments: Any) -> Any:
-        if not made:
-            torch._dynamo.reset()
-            made.append(torch.compile(function, dynamic=False))
-        return made[0](*arguments)
-
-    return call
 
 
 @functools.cache

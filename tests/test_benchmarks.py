@@ -49,6 +49,35 @@ def test_check_keeps_a_contender_that_cannot_run_but_never_excuses_ours():
         measuring.check(case(eager=lambda: EXPECTED, ours=refuses))
 
 
+def test_check_in_16_bits_without_a_baseline_holds_to_the_tolerance():
+    def refuses():
+        raise NotImplementedError("out of memory")
+
+    wrong = dataclasses.replace(case(eager=refuses, ours=lambda: 2 * EXPECTED), dtype="bfloat16")
+    with pytest.raises(AssertionError, match="ours must be within 6e-02"):
+        measuring.check(wrong)
+
+
+def test_each_case_compiles_once_and_for_itself():
+    compilations = []
+
+    def backend(graph, inputs):
+        compilations.append(graph)
+        return graph.forward
+
+    twice, half = (
+        torch.compile(function, backend=backend) for function in (lambda x: 2 * x, lambda x: x / 2)
+    )
+    named = {
+        "eager": Contender(lambda: EXPECTED),
+        "compiled": Contender(lambda: twice(EXPECTED / 2), compiles=True),
+        "ours": Contender(lambda: half(EXPECTED * 2), compiles=True),
+    }
+    for cases in (1, 2):
+        measuring.measure(Case("suite", "task", "shape", named, lambda: EXPECTED), rounds=2)
+        assert len(compilations) == 2 * cases
+
+
 def test_error_of_a_small_tensor_is_measured_against_the_largest():
     large, small = torch.tensor([100.0]).double(), torch.tensor([1e-9]).double()
     errors = measuring.relative_errors([large + 1, small + 0.01], [large, small])
