@@ -19,7 +19,7 @@ COLOURS = {
 
 
 def write_all(results: list[dict[str, Any]], folder: Path) -> Iterator[Path]:
-    """Write every plot the results have data for; one figure a suite, dtype and layout.
+    """Write every plot the results have data for, named after its file; one figure a suite, dtype and layout.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -32,18 +32,17 @@ def write_all(results: list[dict[str, Any]], folder: Path) -> Iterator[Path]:
         ) from None
     matplotlib.use("agg")
     for result in results:
-        kind = result["run"]["kind"]
         for told, cases in _figures(result["cases"]):
-            name = re.sub(r"\W+", "_", " ".join([kind, *told]))
+            name = re.sub(r"\W+", "_", " ".join([result["name"], *told]))
             title = f"{', '.join(told)} on {result['run']['device']}, {result['run']['threads']} threads"
             yield _save(speedups(cases, title), folder / f"{name}_speedup.png")
             if any(case["work"] for case in cases):
                 yield _save(roofline(cases, result["run"], title), folder / f"{name}_roofline.png")
         curves = [curve for curve in result["curves"] if not curve["unavailable"]]
         if any(any(curve["peak_mib"]) for curve in curves if curve["axis"] == "L"):
-            yield _save(memory(curves, result["run"]), folder / f"{kind}_memory.png")
+            yield _save(memory(curves, result["run"]), folder / f"{result['name']}_memory.png")
         if curves:
-            yield _save(scaling(curves, result["run"]), folder / f"{kind}_scaling.png")
+            yield _save(scaling(curves, result["run"]), folder / f"{result['name']}_scaling.png")
 
 
 def speedups(cases: list[Row], title: str) -> Any:

@@ -36,6 +36,11 @@ def main() -> None:
             return
     except (ValueError, FileNotFoundError) as error:
         sys.exit(str(error))
+    names = [result["name"] for result in results]
+    if arguments.out and len(set(names)) < len(names):
+        sys.exit(
+            f"report: --out needs files of different names, which plots get, got {', '.join(sorted(names))}"
+        )
     tabulate = brief if arguments.brief else table
     text = "\n\n".join(part for result in results for part in sections(result, tabulate)) + "\n"
     print(text)
@@ -48,7 +53,7 @@ def main() -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """A results file as {"run": where it was measured, "cases": rows, "curves": rows}.
+    """A results file as {"name": its own, "run": where it was measured, "cases": rows, "curves": rows}.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -57,7 +62,7 @@ def load(path: Path) -> dict[str, Any]:
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         cases = [b["extra_info"] for b in stored.get("benchmarks", []) if "contenders" in b["extra_info"]]
-        found = {"run": stored["run"], "cases": cases, "curves": stored.get("curves", [])}
+        found = {"name": path.stem, "run": stored["run"], "cases": cases, "curves": stored.get("curves", [])}
     except FileNotFoundError:
         raise FileNotFoundError(f"report: {path} must exist, got no such file; measure first") from None
     except (json.JSONDecodeError, KeyError, AttributeError, TypeError):

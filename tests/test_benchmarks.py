@@ -230,9 +230,21 @@ def test_plots_are_written(tmp_path):
     curve = scaling.Curve("attention", "L", "ours", [256, 512], [1.0, 3.0], [2.0, 4.0], 1.58)
     result = report.load(results(tmp_path, "a", 0.5, 0.01)) | {"curves": [vars(curve)]}
     written = [path.name for path in plots.write_all([result], tmp_path)]
-    stem = "cpu_attention_float32_NCHW"
-    assert written == [f"{stem}_speedup.png", f"{stem}_roofline.png", "cpu_memory.png", "cpu_scaling.png"]
+    stem = "a_attention_float32_NCHW"
+    assert written == [f"{stem}_speedup.png", f"{stem}_roofline.png", "a_memory.png", "a_scaling.png"]
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in written)
+
+
+def test_plots_of_several_files_do_not_overwrite_each_other(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="plots need matplotlib, which the extra dev has")
+    files = [results(tmp_path, name, 0.5, 0.01) for name in "ab"]
+    out = tmp_path / "out"
+    monkeypatch.setattr("sys.argv", ["report", *map(str, files), "--out", str(out)])
+    report.main()
+    assert len(list(out.glob("*.png"))) == 4
+    monkeypatch.setattr("sys.argv", ["report", str(files[0]), str(files[0]), "--out", str(out)])
+    with pytest.raises(SystemExit, match="needs files of different names, which plots get, got a, a"):
+        report.main()
 
 
 KERNELS = ("forward", "over_queries", "row", "column", "double_row", "double_column", "tangent")
