@@ -70,7 +70,9 @@ def pytest_terminal_summary(terminalreporter, config):
         told = ", ".join(
             f"{name} {row['unavailable']}"
             if "unavailable" in row
-            else f"{name} {row.get('speedup', 1):.2f}x ({row['median_ms']:.2f} ms)"
+            else f"{name} {row['speedup']:.2f}x ({row['median_ms']:.2f} ms)"
+            if "speedup" in row
+            else f"{name} ({row['median_ms']:.2f} ms)"
             for name, row in case["contenders"].items()
         )
         what = f"{case['suite']}, {case['task']}, {case['shape']}, B {case['batch']}, {case['dtype']}, {case['layout']}"

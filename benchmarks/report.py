@@ -65,7 +65,7 @@ def load(path: Path) -> dict[str, Any]:
         found = {"name": path.stem, "run": stored["run"], "cases": cases, "curves": stored.get("curves", [])}
     except FileNotFoundError:
         raise FileNotFoundError(f"report: {path} must exist, got no such file; measure first") from None
-    except (json.JSONDecodeError, KeyError, AttributeError, TypeError):
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
         found = {}
     if not found or not found["cases"] + found["curves"]:
         raise ValueError(
@@ -144,6 +144,9 @@ def brief(cases: list[Row], run: Row) -> str:
 
 def _brief_cell(contenders: dict[str, Row]) -> str:
     """Baseline, ours (the last, and other forms of it), then the fastest of the rest."""
+    first, *_, last = contenders
+    if "speedup" not in contenders[first]:
+        return f"{first} cannot run; {last} {contenders[last]['median_ms']:.3g} ms"
     baseline, *names = [name for name, row in contenders.items() if "speedup" in row]
     ours = [names[-1], *(name for name in names[:-1] if name.startswith("ours"))]
     others = [name for name in names if name not in ours]
@@ -199,18 +202,25 @@ def regressions(old: dict[str, Any], new: dict[str, Any]) -> str:
         return tuple(case[k] for k in ("suite", "task", "shape", "batch", "dtype", "layout"))
 
     before = {key(case): case["contenders"] for case in old["cases"]}
+    after = {key(case): case["contenders"] for case in new["cases"]}
     lines = [
-        f"old: {old['run']['device']}, {old['run']['commit']}; new: {new['run']['device']}, {new['run']['commit']}",
+        "; ".join(
+            f"{name}: {run['device']}, {run['threads']} threads, {run['commit']}"
+            for name, run in (("old", old["run"]), ("new", new["run"]))
+        ),
         "",
         "| case | contender | old | new | change | noise | verdict |",
         "|---|---|---:|---:|---:|---:|---|",
     ]
-    for case in new["cases"]:
-        for name, row in case["contenders"].items():
-            earlier = before.get(key(case), {}).get(name)
-            if earlier is None or name == next(iter(case["contenders"])):
+    for case in before | after:
+        _, *names = before.get(case, {}) | after.get(case, {})
+        for name in names:
+            label = f"| {', '.join(map(str, case))} | {name} | "
+            earlier, row = before.get(case, {}).get(name), after.get(case, {}).get(name)
+            if earlier is None or row is None:
+                told = ("", _or_reason(row)) if row else (_or_reason(earlier or {}), "")
+                lines.append(label + f"{' | '.join(told)} | | | only in the {'new' if row else 'old'} |")
                 continue
-            label = f"| {', '.join(map(str, key(case)))} | {name} | "
             if "speedup" not in row or "speedup" not in earlier:
                 if ("speedup" in row) != ("speedup" in earlier):
                     lines.append(label + f"{_or_reason(earlier)} | {_or_reason(row)} | | | changed |")

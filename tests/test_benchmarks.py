@@ -216,12 +216,35 @@ def test_regressions_are_told_from_noise(new, verdict, tmp_path):
     assert line.endswith(f"| 2.00× | {new:.2f}× | {new / 2 - 1:+.1%} | ±{level:.1%} | {verdict} |")
 
 
+def test_regressions_list_what_only_one_file_has(tmp_path):
+    old, new = (report.load(results(tmp_path, n, 2.0, 0.1)) for n in ("old", "new"))
+    new["cases"][0]["shape"] = "large"
+    lines = report.regressions(old, new).splitlines()
+    assert lines[0] == "old: abacus, 1 threads, old; new: abacus, 1 threads, new"
+    assert (
+        lines[-1] == "| attention, forward, large, 4, float32, NCHW | ours |  | 2.00× | | | only in the new |"
+    )
+    assert "| attention, forward, tiny, 4, float32, NCHW | ours | 2.00× |  | | | only in the old |" in lines
+
+
+def test_brief_report_of_a_baseline_that_cannot_run_has_our_time(tmp_path):
+    result = report.load(results(tmp_path, "a", 0.5, 0.01))
+    result["cases"][0]["contenders"] = {"eager": {"unavailable": "memory"}, "ours": {"median_ms": 2.0}}
+    assert report.brief(result["cases"], result["run"]).endswith(
+        "| tiny, B 4 | eager cannot run; ours 2 ms |"
+    )
+
+
 def test_report_names_a_file_without_results(tmp_path):
     (tmp_path / "empty.json").write_text("{}")
     with pytest.raises(ValueError, match=r"empty.json must hold results, got none; write it with pytest"):
         report.load(tmp_path / "empty.json")
     with pytest.raises(FileNotFoundError, match="must exist, got no such file"):
         report.load(tmp_path / "absent.json")
+    (tmp_path / "image.json").write_bytes(b"\xff\xfe")
+    for name in ("image.json", ""):
+        with pytest.raises(ValueError, match="must hold results, got none"):
+            report.load(tmp_path / name)
 
 
 def test_plots_are_written(tmp_path):
