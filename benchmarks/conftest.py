@@ -44,6 +44,16 @@ def versus(benchmark):
     return run
 
 
+_failed: list[dict[str, str]] = []
+
+
+def pytest_runtest_logreport(report):
+    if report.failed:
+        crash = getattr(report.longrepr, "reprcrash", None)
+        why = crash.message if crash else str(report.longrepr)
+        _failed.append({"name": report.nodeid.split("::")[-1], "why": why.partition("\n")[0]})
+
+
 def pytest_benchmark_update_machine_info(config, machine_info):
     for key in ("node", "release"):  # whose machine it was is nobody's business
         machine_info.pop(key, None)
@@ -52,6 +62,7 @@ def pytest_benchmark_update_machine_info(config, machine_info):
 def pytest_benchmark_update_json(config, benchmarks, output_json):
     dtypes = sorted({b.extra_info["dtype"] for b in benchmarks if "contenders" in b.extra_info})
     ceilings = roofline.measure_ceilings(measuring.device(), dtypes)
+    output_json["failed"] = _failed
     output_json["run"] = measuring.environment() | {"ceilings": dataclasses.asdict(ceilings)}
 
 

@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """A results file as {"name": its own, "run": where it was measured, "cases": rows, "curves": rows}.
+    """A results file as {"name": its own, "run": where it was measured, "cases": rows, "curves": rows, "failed": rows}.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -63,6 +63,7 @@ def load(path: Path) -> dict[str, Any]:
         stored = json.loads(path.read_text(encoding="utf-8"))
         cases = [b["extra_info"] for b in stored.get("benchmarks", []) if "contenders" in b["extra_info"]]
         found = {"name": path.stem, "run": stored["run"], "cases": cases, "curves": stored.get("curves", [])}
+        found["failed"] = stored.get("failed", [])
     except FileNotFoundError:
         raise FileNotFoundError(f"report: {path} must exist, got no such file; measure first") from None
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
@@ -78,8 +79,12 @@ def load(path: Path) -> dict[str, Any]:
 def sections(
     result: dict[str, Any], tabulate: Callable[[list[Row], Row], str] | None = None
 ) -> Iterator[str]:
-    """The report of one file: where it was measured, a table a suite, the curves."""
+    """The report of one file: where it was measured, what has no figures, a table a suite, the curves."""
     yield provenance(result["run"])
+    if result["failed"]:
+        yield "Failed, so without figures:\n\n" + "\n".join(
+            f"- `{row['name']}`: {row['why']}" for row in result["failed"]
+        )
     for suite in dict.fromkeys(case["suite"] for case in result["cases"]):
         cases = [case for case in result["cases"] if case["suite"] == suite]
         yield f"### {suite}\n\n" + (tabulate or table)(cases, result["run"])

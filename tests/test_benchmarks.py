@@ -3,6 +3,9 @@
 import dataclasses
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ import torch
 from benchmarks import measuring, report, roofline, scaling, tune
 from benchmarks.measuring import Case, Contender
 
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 EXPECTED = torch.tensor([1.0, -4.0], dtype=torch.float64)
 
 
@@ -216,6 +220,34 @@ def test_regressions_are_told_from_noise(new, verdict, tmp_path):
     assert line.endswith(f"| 2.00× | {new:.2f}× | {new / 2 - 1:+.1%} | ±{level:.1%} | {verdict} |")
 
 
+def test_report_names_the_cases_that_failed(tmp_path):
+    (tmp_path / "conftest.py").write_text("from benchmarks.conftest import *\n")
+    (tmp_path / "test_two.py").write_text(
+        "from benchmarks import measuring\n"
+        "def test_wrong(versus): assert False, 'ours must be right'\n"
+        "def test_right(versus):\n"
+        "    one = measuring.Contender(lambda: measuring.torch.ones(1))\n"
+        "    versus(measuring.Case('suite', 'task', 'shape', {'eager': one, 'ours': one}), rounds=1)\n"
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "--rootdir=.",
+        "--benchmark-json=out.json",
+        "test_two.py",
+    ]
+    environment = os.environ | {"PYTHONPATH": str(RESULTS.parents[1])}
+    ended = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert "1 failed, 1 passed" in ended.stdout, ended.stdout
+    _, failed, table = report.sections(report.load(tmp_path / "out.json"))
+    assert failed.splitlines()[2:] == ["- `test_wrong`: AssertionError: ours must be right"]
+    assert "test_wrong" not in table
+
+
 def test_regressions_list_what_only_one_file_has(tmp_path):
     old, new = (report.load(results(tmp_path, n, 2.0, 0.1)) for n in ("old", "new"))
     new["cases"][0]["shape"] = "large"
@@ -328,9 +360,6 @@ def test_tune_without_a_gpu_says_so(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="tune: needs a GPU, got none"):
         tune.main()
-
-
-RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 
 
 def test_committed_table_is_that_of_the_results():
