@@ -48,7 +48,7 @@ _failed: list[dict[str, str]] = []
 
 
 def pytest_runtest_logreport(report):
-    if report.failed:
+    if report.failed and report.when != "teardown":
         crash = getattr(report.longrepr, "reprcrash", None)
         why = crash.message if crash else str(report.longrepr)
         _failed.append({"name": report.nodeid.split("::")[-1], "why": why.partition("\n")[0]})
