@@ -169,18 +169,10 @@ def bench_spectral_norm(network, step, versus):
 @pytest.mark.parametrize("network", ["BigGAN128-D-ch16", "SAGAN64-D"])
 def bench_spectral_norm_compiled(network, versus):
     models = contenders(NETWORKS[network])
-    models = {"parametrization": models["parametrization"], "grouped": models["grouped"]}
-    models["compiled"] = copy.deepcopy(models["parametrization"])
-    compiled = torch.compile(models["compiled"], fullgraph=True)
-    steps = forward_backward(models)
-    parameters = originals(models["compiled"])
-    grads = [torch.randn_like(weight) for weight in compiled()]
-    steps = {
-        "parametrization": steps["parametrization"],
-        "compiled": lambda: torch.autograd.grad(compiled(), parameters, grads),
-        "grouped": steps["grouped"],
-    }
-    versus(case("forward_backward, compiled", network, steps), rounds=15)
+    first = models["parametrization"]
+    compiled = torch.compile(copy.deepcopy(first), fullgraph=True)
+    models = checked({"parametrization": first, "compiled": compiled, "grouped": models["grouped"]})
+    versus(case("forward_backward, compiled", network, forward_backward(models)), rounds=15)
 
 
 @pytest.mark.parametrize("step", [forward, forward_backward, evaluation])
