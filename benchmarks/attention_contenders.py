@@ -88,16 +88,19 @@ def eager(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def sdpa(backend: SDPBackend, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """SDPA where it is fused: unscaled, contiguous, of equal widths that are multiples of 8, one head.
+    """SDPA, unscaled, one head; where it is fused contiguous, of equal widths that are multiples of 8.
 
     Raises:
         RuntimeError: the back end does not take these tensors.
     """
-    width = -(-max(query.shape[2], value.shape[2]) // 8) * 8
-    tensors = [F.pad(t, (0, width - t.shape[2])).contiguous().unsqueeze(1) for t in (query, key, value)]
+    tensors = [query, key, value]
+    if backend != SDPBackend.MATH:
+        width = -(-max(query.shape[2], value.shape[2]) // 8) * 8
+        tensors = [F.pad(t, (0, width - t.shape[2])).contiguous() for t in tensors]
     with sdpa_kernel(backend), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # why it was refused is in the error as well
-        return F.scaled_dot_product_attention(*tensors, scale=1.0).squeeze(1)[..., : value.shape[2]]
+        out = F.scaled_dot_product_attention(*(t.unsqueeze(1) for t in tensors), scale=1.0)
+    return out.squeeze(1)[..., : value.shape[2]]
 
 
 def flex(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
