@@ -246,8 +246,9 @@ def relative_errors(
 ) -> list[float]:
     """For each tensor the largest error, or the mean one, over its largest value.
 
-    A tensor that is small beside the others, such as the gradient of a bias of keys, which softmax does not see and
-    which is nothing but rounding, is measured against a hundredth of the largest.
+    A tensor that is small beside the others is measured against a hundredth of the largest. One that even in float64
+    is nothing but rounding, such as the gradient of a bias of keys or before a batch norm, is measured against the
+    largest: its terms cancel, and they are as large as those of the others.
     """
     assert [t.shape for t in found] == [t.shape for t in expected], "results must have the expected shapes"
     scales = [t.abs().max().item() for t in expected]
@@ -255,7 +256,8 @@ def relative_errors(
     for actual, wanted, scale in zip(found, expected, scales, strict=True):
         difference = (actual.detach().double() - wanted).abs()
         error = (difference.mean() if mean else difference.max()).item()
-        errors.append(error / max(scale, 1e-2 * max(scales), 1e-300))
+        least = 1e-2 if scale > 1e-10 * max(scales) else 1.0
+        errors.append(error / max(scale, least * max(scales), 1e-300))
     return errors
 
 

@@ -83,9 +83,9 @@ def test_each_case_compiles_once_and_for_itself():
 
 
 def test_error_of_a_small_tensor_is_measured_against_the_largest():
-    large, small = torch.tensor([100.0]).double(), torch.tensor([1e-9]).double()
-    errors = measuring.relative_errors([large + 1, small + 0.01], [large, small])
-    assert errors == pytest.approx([0.01, 0.01])
+    large, small, rounding = (torch.tensor([value]).double() for value in (100.0, 1e-3, 1e-12))
+    errors = measuring.relative_errors([large + 1, small + 0.01, rounding + 1], [large, small, rounding])
+    assert errors == pytest.approx([0.01, 0.01, 0.01])
 
 
 def test_speed_is_the_median_of_ratios_within_rounds(monkeypatch):

@@ -296,6 +296,8 @@ def _settled(
         with torch.no_grad():
             u.copy_(new_u)
             v.copy_(new_v)
+    if store and torch.compiler.is_compiling() and min(u.numel(), v.numel()) <= 4:
+        return torch.ops.sagan_kernels.kept(new_u), torch.ops.sagan_kernels.kept(new_v)
     return new_u, new_v
 
 
@@ -344,3 +346,11 @@ def _without_autocast(weight: Tensor) -> AbstractContextManager[Any]:
     kind = weight.device.type
     on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     return torch.autocast(kind, enabled=False) if on else nullcontext()
+
+
+# torch.compile sums four elements or fewer anew in the backward pass (seen up to torch 2.13), and would do so from u
+# and v as the forward left them. What comes out of an operator that it does not know, it saves.
+_library = torch.library.Library("sagan_kernels", "FRAGMENT")
+_library.define("kept(Tensor vector) -> Tensor")
+_library.impl("kept", torch.clone, "CompositeExplicitAutograd")
+torch.library.register_fake("sagan_kernels::kept", torch.empty_like, lib=_library)
