@@ -26,8 +26,10 @@ SHAPES = PUBLISHED | {
 }
 SMOKE = (64, 16, 2, 8)
 GPU = torch.cuda.is_available()
-BATCHES = [int(b) for b in os.environ.get("BENCH_BATCHES", "1 8 64" if GPU else "1 8").split()]
+BATCHES = measuring.numbers("BENCH_BATCHES", "1 8 64" if GPU else "1 8")
 DTYPES = os.environ.get("BENCH_DTYPES", "float32 tf32 bfloat16" if GPU else "float32").split()
+if unknown := [dtype for dtype in DTYPES if dtype not in measuring.DTYPES]:
+    raise ValueError(f"BENCH_DTYPES: must be of {', '.join(measuring.DTYPES)}, got {' '.join(unknown)}")
 # what else than NCHW float32 a CPU is asked: at one small and one large layer
 VARIANTS = [] if GPU else [("bfloat16", "NCHW"), ("float32", "NHWC")]
 VARIED = ("D64 32×32 C64", "D128 64×64 C64")

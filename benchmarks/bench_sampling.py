@@ -1,4 +1,7 @@
-"""Sampling: the inference form against the generator as other code bases ship it. pytest benchmarks -k sampling."""
+"""Sampling: the inference form against the generator run step by step. pytest benchmarks -k sampling.
+
+The other is written as other code bases write it, on the same parameters and our layers of spectral norm.
+"""
 
 import copy
 

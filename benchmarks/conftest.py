@@ -16,7 +16,7 @@ torch.backends.cudnn.benchmark = True
 def _pinned_threads():
     """BENCH_THREADS threads, or all, each kept to as many processors."""
     before = torch.get_num_threads()
-    threads = int(os.environ.get("BENCH_THREADS", before))
+    threads = measuring.numbers("BENCH_THREADS", str(before))[0]
     torch.set_num_threads(threads)
     allowed = os.sched_getaffinity(0) if hasattr(os, "sched_setaffinity") else set()
     if len(allowed) > threads:

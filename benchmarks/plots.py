@@ -38,7 +38,7 @@ def write_all(results: list[dict[str, Any]], folder: Path) -> Iterator[Path]:
             yield _save(speedups(cases, title), folder / f"{name}_speedup.png")
             if any(case["work"] for case in cases):
                 yield _save(roofline(cases, result["run"], title), folder / f"{name}_roofline.png")
-        curves = [curve for curve in result["curves"] if not curve["unavailable"]]
+        curves = [curve for curve in result["curves"] if curve["x"]]
         if any(any(curve["peak_mib"]) for curve in curves if curve["axis"] == "L"):
             yield _save(memory(curves, result["run"]), folder / f"{result['name']}_memory.png")
         if curves:
@@ -137,8 +137,9 @@ def _curves(curves: list[Row], key: str, unit: str, title: str) -> Any:
                     f", {curve['axis']}^{exponent:.2f}" if exponent is not None else ""
                 )
                 axes.plot(
-                    *zip(*points, strict=True), marker="o", color=_colour(curve["contender"]), label=label
-                )
+                    [x for x, _ in points], [y for _, y in points], marker="o",
+                    color=_colour(curve["contender"]), label=label,
+                )  # fmt: skip
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         low, high = axes.get_ylim()

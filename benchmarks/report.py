@@ -188,11 +188,11 @@ def curve_table(curves: list[Row]) -> str:
     """Each curve's points and the exponent fitted to them."""
     lines = ["| what | contender | axis | points | exponent |", "|---|---|---|---|---:|"]
     for curve in curves:
+        points = [f"{x}: {ms:.3g} ms" for x, ms in zip(curve["x"], curve["ms"], strict=True)]
         if curve["unavailable"]:
-            points, exponent = f"unavailable: {curve['unavailable']}", ""
-        else:
-            points = ", ".join(f"{x}: {ms:.3g} ms" for x, ms in zip(curve["x"], curve["ms"], strict=True))
-            exponent = "" if curve["exponent"] is None else f"{curve['exponent']:.2f}"
+            points.append(f"unavailable {curve['unavailable']}".replace("|", "/"))
+        points = ", ".join(points)
+        exponent = "" if curve["exponent"] is None else f"{curve['exponent']:.2f}"
         lines.append(f"| {curve['what']} | {curve['contender']} | {curve['axis']} | {points} | {exponent} |")
     return "\n".join(lines)
 

@@ -49,12 +49,19 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", nargs="+", choices=[*AXES, "processes"], default=[*AXES, "processes"])
-    parser.add_argument("--largest", type=int, default=16384, help="most positions L")
+    parser.add_argument("--largest", type=int, default=16384, help="most positions L, 256 or more")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--images", type=int, default=256, help="drawn by all processes together")
     arguments = parser.parse_args()
-    torch.set_num_threads(int(os.environ.get("BENCH_THREADS", torch.get_num_threads())))
+    for name, least in (("largest", 256), ("rounds", 1), ("processes", 1), ("images", 1)):
+        given = getattr(arguments, name)
+        if min(given if isinstance(given, list) else [given]) < least:
+            parser.error(f"--{name} must be {least} or more, got {given}")
+    try:
+        torch.set_num_threads(measuring.numbers("BENCH_THREADS", str(torch.get_num_threads()))[0])
+    except ValueError as error:
+        parser.error(str(error))
     curves: list[Curve] = []
     for axis in arguments.only:
         if axis == "processes":
@@ -76,7 +83,7 @@ def main() -> None:
 def along(
     what: str, axis: str, sizes: Iterable[int], make: Callable[[int], measuring.Case], rounds: int
 ) -> list[Curve]:
-    """Measure `make(size)` at every size; a contender that cannot run at one size has no curve, but the reason."""
+    """Measure `make(size)` at every size; a contender that cannot run at one has a reason beside its points."""
     curves: dict[str, Curve] = {}
     for size in sizes:
         case = make(size)
@@ -84,13 +91,13 @@ def along(
         for name, m in measuring.measure(dataclasses.replace(case, contenders=kept), rounds).items():
             curve = curves.setdefault(name, Curve(what, axis, name, [], [], []))
             if m.unavailable:
-                curve.unavailable = m.unavailable
+                curve.unavailable = curve.unavailable or f"at {size}: {m.unavailable}"
                 continue
             curve.x.append(size)
             curve.ms.append(round(statistics.median(m.times_ms), 4))
             curve.peak_mib.append(m.peak_mib)
     for curve in curves.values():
-        curve.exponent = None if curve.unavailable else exponent(curve.x, curve.ms)
+        curve.exponent = exponent(curve.x, curve.ms)
     return list(curves.values())
 
 
