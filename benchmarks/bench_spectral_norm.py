@@ -130,7 +130,7 @@ def checked(models):
 
 def case(step, network, calls):
     """What `versus` takes; `checked` has compared the results."""
-    named = {name: measuring.Contender(call, compiles=name == "compiled") for name, call in calls.items()}
+    named = {name: measuring.Contender(call, compiles="compiled" in name) for name, call in calls.items()}
     return measuring.Case("spectral norm", step.replace("_", " + "), network, named)
 
 
@@ -168,11 +168,27 @@ def bench_spectral_norm(network, step, versus):
 
 @pytest.mark.parametrize("network", ["BigGAN128-D-ch16", "SAGAN64-D"])
 def bench_spectral_norm_compiled(network, versus):
-    models = contenders(NETWORKS[network])
-    first = models["parametrization"]
-    compiled = torch.compile(copy.deepcopy(first), fullgraph=True)
-    models = checked({"parametrization": first, "compiled": compiled, "grouped": models["grouped"]})
-    versus(case("forward_backward, compiled", network, forward_backward(models)), rounds=15)
+    """Torch's form and ours compiled: where torch's has weights of two to four columns its gradients come out wrong."""
+    eager = contenders(NETWORKS[network])
+    models = {
+        "parametrization": eager["parametrization"],
+        "compiled": torch.compile(copy.deepcopy(eager["parametrization"]), fullgraph=True),
+        "layers, compiled": torch.compile(eager["layers"], fullgraph=True),
+        "grouped": eager["grouped"],
+    }
+    checked({name: model for name, model in models.items() if name != "compiled"})
+    calls = forward_backward(models)
+    try:
+        checked({name: models[name] for name in ("parametrization", "compiled")})
+    except AssertionError as error:
+        (difference,) = (line for line in str(error).splitlines() if "absolute difference" in line)
+        calls["compiled"] = functools.partial(refuse, f"wrong gradients, {difference.lower()}")
+    versus(case("forward_backward, compiled", network, calls), rounds=15)
+
+
+def refuse(why):
+    """A contender without a speed."""
+    raise ArithmeticError(why)
 
 
 @pytest.mark.parametrize("step", [forward, forward_backward, evaluation])

@@ -111,7 +111,7 @@ def without_compilers(case: Case) -> Case:
 
 
 def check(case: Case) -> dict[str, Measured]:
-    """Run every contender once and compare it with float64: a wrong result has no speed.
+    """Run every contender once and compare it with float64: a wrong result has no speed, but a reason.
 
     A forward pass in TF32 or 16 bits may have three times the error that the baseline has there, or one step of the
     dtype: the residual of a layer hides a wrong attention from a wider tolerance. In 16 bits a gradient may have twice
@@ -119,7 +119,7 @@ def check(case: Case) -> dict[str, Measured]:
     run, are held to the tolerance.
 
     Raises:
-        AssertionError: a result is wrong, whoever computed it.
+        AssertionError: a result of the baseline or of ours is wrong.
     """
     if any(contender.compiles for contender in case.contenders.values()):
         torch._dynamo.reset()  # each case compiles for itself: past 8 shapes of one function eager would run instead
@@ -156,10 +156,13 @@ def check(case: Case) -> dict[str, Measured]:
                 allowed = max(STEPS[case.dtype], 3 * baseline[i])
             elif case.dtype in ("float16", "bfloat16") and baseline:
                 allowed = max(allowed, 2 * baseline[i])
-            assert error <= allowed, (
-                f"{case.suite}, {case.task}, {case.shape}, {case.dtype}: {name} must be within {allowed:.0e} of "
-                f"float64, got {error:.1e}"
-            )
+            if error <= allowed:
+                continue
+            told = f"must be within {allowed:.0e} of float64, got {error:.1e}"
+            if name == first or name.startswith(ours):
+                raise AssertionError(f"{case.suite}, {case.task}, {case.shape}, {case.dtype}: {name} {told}")
+            measured.unavailable = f"wrong: {told}"
+            break
     return found
 
 

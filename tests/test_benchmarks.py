@@ -29,6 +29,15 @@ def test_check_refuses_a_wrong_result():
         measuring.check(wrong)
 
 
+def test_a_wrong_result_of_others_is_a_reason():
+    found = measuring.check(case(eager=lambda: EXPECTED, other=lambda: 2 * EXPECTED, ours=lambda: EXPECTED))
+    assert found["other"].unavailable == "wrong: must be within 1e-04 of float64, got 1.0e+00"
+    for name in ("eager", "ours, bf16", "ours"):
+        forms = {"eager": EXPECTED, "ours, bf16": EXPECTED, "ours": EXPECTED} | {name: 2 * EXPECTED}
+        with pytest.raises(AssertionError, match=f"{name} must be within"):
+            measuring.check(case(**{form: lambda result=result: result for form, result in forms.items()}))
+
+
 def test_check_of_a_network_takes_the_mean_error():
     few = torch.arange(1000.0).double()
     flipped = few.float().clone()
