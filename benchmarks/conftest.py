@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 
-from benchmarks import measuring, roofline
+from benchmarks import measuring, report, roofline
 
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 torch.backends.cudnn.benchmark = True
@@ -86,5 +86,5 @@ def pytest_terminal_summary(terminalreporter, config):
             else f"{name} ({row['median_ms']:.2f} ms)"
             for name, row in case["contenders"].items()
         )
-        what = f"{case['suite']}, {case['task']}, {case['shape']}, B {case['batch']}, {case['dtype']}, {case['layout']}"
+        what = f"{case['suite']}, {case['task']}, {report.label(case)}, {case['dtype']}, {case['layout']}"
         terminalreporter.write_line(f"{what}: {told}")

@@ -67,7 +67,7 @@ class Case:
             them itself.
         dtype: a key of `DTYPES`.
         layout: "NCHW" or "NHWC".
-        batch: images.
+        batch: images; None for a case without images.
         work: what must be moved and computed at least; None where no roofline is meant.
         length: query positions L, for memory against L.
         tolerance: the mean error allowed, where the largest says little: somewhere in a whole network a ReLU or a
@@ -81,7 +81,7 @@ class Case:
     expected: Callable[[], Any] | None = None
     dtype: str = "float32"
     layout: str = "NCHW"
-    batch: int = 1
+    batch: int | None = None
     work: Work | None = None
     length: int | None = None
     tolerance: float | None = None

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measuring import BASELINE, OURS
-from benchmarks.report import Row, fraction
+from benchmarks.report import Row, fraction, label
 from sagan_kernels.files import write_atomically
 
 COLOURS = {
@@ -67,7 +67,8 @@ def speedups(cases: list[Row], title: str) -> Any:
         axes.set_xlim(min(low, 0.5), max(high, 2))
         axes.axvline(1, color="black", linewidth=1)
         _plain_ticks(axes.xaxis)
-        axes.set_title(f"{task}: speed over {baseline}")
+        axes.set_title(task, fontsize=10)
+        axes.set_xlabel(f"speed over {baseline}")
     _legend(
         figure, contenders, f"× marks a contender that cannot run; left of the line is slower than {baseline}"
     )
@@ -99,7 +100,8 @@ def roofline(cases: list[Row], run: Row, title: str) -> Any:
         axes.set_xscale("log")
         axes.axvline(100, color="black", linewidth=1)
         _plain_ticks(axes.xaxis)
-        axes.set_title(f"{task}: % of the roofline")
+        axes.set_title(task, fontsize=10)
+        axes.set_xlabel("% of the roofline")
     _legend(figure, contenders, "right of each row: the resource that sets the bound")
     return figure
 
@@ -162,7 +164,7 @@ def _figures(cases: list[Row]) -> Iterator[tuple[tuple[str, ...], list[Row]]]:
     for case in cases:
         groups.setdefault((case["suite"], case["dtype"], case["layout"]), []).append(case)
     for told, group in groups.items():
-        if len({_label(case) for case in group}) <= 24:
+        if len({label(case) for case in group}) <= 24:
             yield told, group
             continue
         for batch in dict.fromkeys(case["batch"] for case in group):
@@ -173,7 +175,7 @@ def _panels(cases: list[Row], title: str) -> tuple[Any, list[Any], list[str]]:
     from matplotlib import pyplot
 
     tasks = _by_task(cases)
-    names = list(dict.fromkeys(_label(case) for case in cases))
+    names = list(dict.fromkeys(label(case) for case in cases))
     bars = len(_contenders(cases))
     figure, grid = pyplot.subplots(
         1, len(tasks), figsize=(3.2 + 4.2 * len(tasks), 1.8 + len(names) * max(0.32, 0.1 * bars)),
@@ -192,12 +194,8 @@ def _panels(cases: list[Row], title: str) -> tuple[Any, list[Any], list[str]]:
 def _by_task(cases: list[Row]) -> dict[str, dict[str, Row]]:
     found: dict[str, dict[str, Row]] = {}
     for case in cases:
-        found.setdefault(case["task"], {})[_label(case)] = case
+        found.setdefault(case["task"], {})[label(case)] = case
     return found
-
-
-def _label(case: Row) -> str:
-    return f"{case['shape']}, B {case['batch']}"
 
 
 def _contenders(cases: list[Row]) -> list[str]:

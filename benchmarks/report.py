@@ -114,7 +114,7 @@ def table(cases: list[Row], run: Row) -> str:
         "|---|---|---:|---|---|---|---:|---:|---:|---:|---:|---:|---|",
     ]
     for case in cases:
-        what = [case["task"], case["shape"], case["batch"], case["dtype"], case["layout"]]
+        what = [case["task"], case["shape"], case["batch"] or "", case["dtype"], case["layout"]]
         for name, row in case["contenders"].items():
             label = f"{name} ({row['note']})" if "note" in row else name
             if "unavailable" in row:
@@ -122,7 +122,8 @@ def table(cases: list[Row], run: Row) -> str:
             else:
                 reached = fraction(case, row["median_ms"], run.get("ceilings"))
                 cells = [
-                    f"{row['median_ms']:.3g}", f"{images_per_s(case, row):.3g}", speed(row),
+                    f"{row['median_ms']:.3g}",
+                    f"{1e3 * case['batch'] / row['median_ms']:.3g}" if case["batch"] else "", speed(row),
                     f"{row['error']:.0e}" if "error" in row else "",
                     f"{row['peak_mib']:.1f}" if "peak_mib" in row else "", row.get("compile_s", ""),
                     f"{reached[0]:.0%} ({reached[1]})" if reached else "",
@@ -134,16 +135,14 @@ def table(cases: list[Row], run: Row) -> str:
 def brief(cases: list[Row], run: Row) -> str:
     """A line a shape, a column a task: the baseline's time, our speed over it, and the fastest of the others."""
     tasks = list(dict.fromkeys(case["task"] for case in cases))
-    by_shape: dict[tuple[Any, ...], dict[str, Row]] = {}
+    by_shape: dict[tuple[str, ...], dict[str, Row]] = {}
     for case in cases:
-        by_shape.setdefault(tuple(case[k] for k in ("shape", "batch", "dtype", "layout")), {})[
-            case["task"]
-        ] = case
+        by_shape.setdefault((label(case), case["dtype"], case["layout"]), {})[case["task"]] = case
     lines = [f"| shape | {' | '.join(tasks)} |", f"|---|{'---|' * len(tasks)}"]
-    for (shape, batch, dtype, layout), found in by_shape.items():
+    for (shape, dtype, layout), found in by_shape.items():
         form = "".join(f", {word}" for word in (dtype, layout) if word not in ("float32", "NCHW"))
         cells = [_brief_cell(found[task]["contenders"]) if task in found else "" for task in tasks]
-        lines.append(f"| {shape}, B {batch}{form} | {' | '.join(cells)} |")
+        lines.append(f"| {shape}{form} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -162,6 +161,11 @@ def _brief_cell(contenders: dict[str, Row]) -> str:
     return "; ".join(told)
 
 
+def label(case: Row) -> str:
+    """A case's shape, with its batch where it has images."""
+    return f"{case['shape']}, B {case['batch']}" if case["batch"] else str(case["shape"])
+
+
 def speed(row: Row) -> str:
     """The median ratio with its quartiles; below 1 in bold, since a loss is to be seen."""
     if "speedup" not in row:
@@ -169,11 +173,6 @@ def speed(row: Row) -> str:
     low, high = row["quartiles_speedup"]
     told = f"{row['speedup']:.2f}×" if row["speedup"] >= 1 else f"**{row['speedup']:.2f}×**"
     return f"{told} ({low:.2f} to {high:.2f})"
-
-
-def images_per_s(case: Row, row: Row) -> float:
-    """Images a second at the median time."""
-    return 1e3 * case["batch"] / row["median_ms"]
 
 
 def fraction(case: Row, median_ms: float, ceilings: Row | None) -> tuple[float, str] | None:
