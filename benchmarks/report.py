@@ -30,12 +30,22 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder for report.md and plots")
     arguments = parser.parse_args()
     try:
-        results = [load(path) for path in arguments.results]
-        if arguments.against:
-            print("\n\n".join(regressions(load(arguments.against), new) for new in results))
-            return
-    except (ValueError, FileNotFoundError) as error:
+        show(arguments)
+    except (ValueError, OSError) as error:
         sys.exit(str(error))
+    except (KeyError, TypeError) as error:
+        sys.exit(
+            "report: results must have the fields that benchmarks of this version write, "
+            f"got {type(error).__name__} {error}; measure again"
+        )
+
+
+def show(arguments: argparse.Namespace) -> None:
+    """What `main` was asked for."""
+    results = [load(path) for path in arguments.results]
+    if arguments.against:
+        print("\n\n".join(regressions(load(arguments.against), new) for new in results))
+        return
     names = [result["name"] for result in results]
     if arguments.out and len(set(names)) < len(names):
         sys.exit(
@@ -208,11 +218,6 @@ def regressions(old: dict[str, Any], new: dict[str, Any]) -> str:
     before = {key(case): case["contenders"] for case in old["cases"]}
     after = {key(case): case["contenders"] for case in new["cases"]}
     lines = [
-        "; ".join(
-            f"{name}: {run['device']}, {run['threads']} threads, {run['commit']}"
-            for name, run in (("old", old["run"]), ("new", new["run"]))
-        ),
-        "",
         "| case | contender | old | new | change | noise | verdict |",
         "|---|---|---:|---:|---:|---:|---|",
     ]
@@ -238,6 +243,40 @@ def regressions(old: dict[str, Any], new: dict[str, Any]) -> str:
                 label + f"{earlier['speedup']:.2f}× | {row['speedup']:.2f}× | {change:+.1%} | ±{level:.1%} | "
                 f"{verdict(change, level)} |"
             )
+    runs = "; ".join(
+        f"{name}: {run['device']}, {run['threads']} threads, {run['commit']}"
+        for name, run in (("old", old["run"]), ("new", new["run"]))
+    )
+    found = ["\n".join(lines)] if before | after else []
+    if old["curves"] or new["curves"]:
+        found.append(curve_changes(old["curves"], new["curves"]))
+    return "\n\n".join([runs, *found])
+
+
+def curve_changes(old: list[Row], new: list[Row]) -> str:
+    """Exponents of both runs, and the range of the new times over the old; one time a size has no noise level."""
+
+    def by_name(curves: list[Row]) -> dict[tuple[str, ...], Row]:
+        return {(curve["what"], curve["axis"], curve["contender"]): curve for curve in curves}
+
+    def exponent(curve: Row) -> str:
+        return "–" if curve.get("exponent") is None else f"{curve['exponent']:.2f}"
+
+    lines = [
+        "| curve | contender | old exponent | new exponent | new time over the old |",
+        "|---|---|---:|---:|---|",
+    ]
+    before, after = by_name(old), by_name(new)
+    for what, axis, contender in before | after:
+        earlier, later = (found.get((what, axis, contender), {}) for found in (before, after))
+        old_ms, new_ms = (dict(zip(c.get("x", []), c.get("ms", []), strict=True)) for c in (earlier, later))
+        ratios = [new_ms[x] / old_ms[x] for x in new_ms if x in old_ms]
+        told = f"{min(ratios):.2f} to {max(ratios):.2f}" if ratios else "no size in common"
+        if not earlier or not later:
+            told = f"only in the {'new' if later else 'old'}"
+        lines.append(
+            f"| {what} against {axis} | {contender} | {exponent(earlier)} | {exponent(later)} | {told} |"
+        )
     return "\n".join(lines)
 
 

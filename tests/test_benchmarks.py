@@ -288,6 +288,40 @@ def test_regressions_list_what_only_one_file_has(tmp_path):
     assert "| attention, forward, tiny, 4, float32, NCHW | ours | 2.00× |  | | | only in the old |" in lines
 
 
+def test_regressions_of_curves_have_exponents_and_times(tmp_path):
+    old, new = (report.load(results(tmp_path, n, 2.0, 0.1)) | {"cases": []} for n in ("old", "new"))
+    curve = {
+        "what": "layer",
+        "axis": "L",
+        "contender": "ours",
+        "x": [64, 256],
+        "ms": [1.0, 4.0],
+        "exponent": 1.0,
+    }
+    old["curves"] = [curve, curve | {"contender": "eager", "exponent": None}]
+    new["curves"] = [curve | {"x": [64, 256, 1024], "ms": [1.5, 5.0, 20.0], "exponent": 0.93}]
+    first, _, _, _, *lines = report.regressions(old, new).splitlines()
+    assert first.startswith("old: abacus")
+    assert lines == [
+        "| layer against L | ours | 1.00 | 0.93 | 1.25 to 1.50 |",
+        "| layer against L | eager | – | – | only in the old |",
+    ]
+
+
+def test_report_of_fields_or_folders_that_cannot_be_used_is_one_line(tmp_path, monkeypatch):
+    path = results(tmp_path, "a", 0.5, 0.01)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("sys.argv", ["report", str(path), "--out", str(tmp_path / "file" / "out")])
+    with pytest.raises(SystemExit, match=r"^[^\n]*file[^\n]*$"):
+        report.main()
+    stored = json.loads(path.read_text())
+    del stored["benchmarks"][0]["extra_info"]["suite"]
+    path.write_text(json.dumps(stored))
+    monkeypatch.setattr("sys.argv", ["report", str(path)])
+    with pytest.raises(SystemExit, match="must have the fields .*, got KeyError 'suite'; measure again"):
+        report.main()
+
+
 def test_brief_report_of_a_baseline_that_cannot_run_has_our_time(tmp_path):
     result = report.load(results(tmp_path, "a", 0.5, 0.01))
     result["cases"][0]["contenders"] = {"eager": {"unavailable": "memory"}, "ours": {"median_ms": 2.0}}
