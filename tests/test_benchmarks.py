@@ -318,7 +318,7 @@ def test_report_of_fields_or_folders_that_cannot_be_used_is_one_line(tmp_path, m
     del stored["benchmarks"][0]["extra_info"]["suite"]
     path.write_text(json.dumps(stored))
     monkeypatch.setattr("sys.argv", ["report", str(path)])
-    with pytest.raises(SystemExit, match="must have the fields .*, got KeyError 'suite'; measure again"):
+    with pytest.raises(SystemExit, match=r"must have the fields .*, got KeyError 'suite'; measure again"):
         report.main()
 
 

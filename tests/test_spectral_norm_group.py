@@ -192,6 +192,25 @@ def test_frozen_part_stays_as_it_is():
     assert "first" not in moved
 
 
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_frozen_weights_give_results_outside_the_graph(impl):
+    plain, model = critic(), critic()
+    group_spectral_norm(model, impl=impl)
+    for m in (plain, model):
+        m.first.requires_grad_(False)  # FreezeD
+        m.labels.requires_grad_(False)
+    seen = []
+    model.twice.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].requires_grad))
+    x, y = batch()
+    model(x, y).sum().backward()
+    once_a_forward(plain)(x, y).sum().backward()
+    assert seen == [False, True]  # nothing before the first layer that learns
+    for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert (ours.grad is None) == (theirs.grad is None), name
+        if ours.grad is not None:
+            torch.testing.assert_close(ours.grad, theirs.grad)
+
+
 @each_style
 def test_keys_checkpoints_and_optimizers_stay(style):
     plain, grouped = critic(style), critic(style, seed=5)

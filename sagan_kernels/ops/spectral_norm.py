@@ -234,6 +234,8 @@ class _Normalized(torch.autograd.Function):
     def forward(ctx: Any, state: State, outs: list[Tensor], *weights: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*weights, *outs)
+        needed = ctx.needs_input_grad[2:]
+        ctx.mark_non_differentiable(*(out for out, need in zip(outs, needed, strict=True) if not need))
         ctx.state = state
         return tuple(outs)
 
