@@ -1,6 +1,6 @@
 """The SAGAN layer around the attention product: key/value projection with its max-pool, and all the rest at once.
 
-Shapes   x, y (B, C, H, W)   pooled, argmax (B, S, K), S = ⌊H/2⌋·⌊W/2⌋   k (B, S, E)   v (B, S, Ev)
+Shapes   x, y (B, C, H, W)   pooled, argmax (B, S, K), S = ⌊H/2⌋·⌊W/2⌋   full (B, K, L)   k (B, S, E)   v (B, S, Ev)
          weight (K, C)   query_weight (E, C)   out_weight (C, Ev)   biases (K), (E), (C)   gamma one element
 Traffic  projection: reads x ⌈K / BLOCK_K⌉ times, from the second on out of cache; the unpooled projection, four
          times the size of what is written, stays on chip. Layer: reads x twice (once cached) and writes y once.
@@ -62,6 +62,63 @@ def project_pool_kernel(
     inside = (rows[:, None] < S) & (outs[None, :] < K)
     tl.store(pooled_ptr + pooled_at, best.to(pooled_ptr.dtype.element_ty), mask=inside)
     tl.store(argmax_ptr + pooled_at, which.to(tl.uint8), mask=inside)
+
+
+@triton.jit
+def unpool_kernel(
+    pooled_ptr, argmax_ptr, full_ptr,
+    L, width, S, pooled_width, K,
+    pooled_image, pooled_row, pooled_col, argmax_image, argmax_row, argmax_col, full_image, full_col, full_row,
+    BLOCK_L: tl.constexpr, BLOCK_K: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Computes BLOCK_L positions and BLOCK_K channels of the map whose maxima were pooled: each where it was, else 0.
+
+    Positions beyond the last whole window, in odd heights and widths, are 0.
+    Grid: (B · ⌈L / BLOCK_L⌉ · ⌈K / BLOCK_K⌉,).
+    """
+    parts, tiles = tl.cdiv(K, BLOCK_K), tl.cdiv(L, BLOCK_L)
+    image = (tl.program_id(0) // (parts * tiles)).to(tl.int64)
+    rows = indices(tl.program_id(0) // parts % tiles * BLOCK_L, BLOCK_L, WIDE)
+    cols = indices(tl.program_id(0) % parts * BLOCK_K, BLOCK_K, WIDE)
+    y, x = rows // width, rows % width
+    window = y // 2 * pooled_width + x // 2
+    whole = (window < S) & (x // 2 < pooled_width)
+    inside = (rows[:, None] < L) & (cols[None, :] < K)
+    read = inside & whole[:, None]
+    pooled_at = image * pooled_image + window[:, None] * pooled_row + cols[None, :] * pooled_col
+    argmax_at = image * argmax_image + window[:, None] * argmax_row + cols[None, :] * argmax_col
+    pooled = tl.load(pooled_ptr + pooled_at, mask=read, other=0.0)
+    argmax = tl.load(argmax_ptr + argmax_at, mask=read, other=0)
+    full = tl.where(argmax == (y % 2 * 2 + x % 2)[:, None], pooled, 0.0)
+    full_at = image * full_image + rows[:, None] * full_row + cols[None, :] * full_col
+    tl.store(full_ptr + full_at, full.to(full_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def take_kernel(
+    full_ptr, argmax_ptr, pooled_ptr,
+    S, width, pooled_width, K,
+    full_image, full_col, full_row, argmax_image, argmax_row, argmax_col, pooled_image, pooled_row, pooled_col,
+    BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Computes BLOCK_S positions and BLOCK_K channels of what `unpool_kernel` would read: the entries at argmax.
+
+    Grid: (B · ⌈S / BLOCK_S⌉ · ⌈K / BLOCK_K⌉,).
+    """
+    parts, tiles = tl.cdiv(K, BLOCK_K), tl.cdiv(S, BLOCK_S)
+    image = (tl.program_id(0) // (parts * tiles)).to(tl.int64)
+    rows = indices(tl.program_id(0) // parts % tiles * BLOCK_S, BLOCK_S, WIDE)
+    cols = indices(tl.program_id(0) % parts * BLOCK_K, BLOCK_K, WIDE)
+    inside = (rows[:, None] < S) & (cols[None, :] < K)
+    argmax_at = image * argmax_image + rows[:, None] * argmax_row + cols[None, :] * argmax_col
+    argmax = tl.load(argmax_ptr + argmax_at, mask=inside, other=0).to(tl.int32)
+    window = rows // pooled_width * 2 * width + rows % pooled_width * 2  # its first position
+    at = window[:, None] + argmax // 2 * width + argmax % 2
+    full = tl.load(
+        full_ptr + image * full_image + at * full_row + cols[None, :] * full_col, mask=inside, other=0.0
+    )
+    pooled_at = image * pooled_image + rows[:, None] * pooled_row + cols[None, :] * pooled_col
+    tl.store(pooled_ptr + pooled_at, full, mask=inside)
 
 
 @triton.jit

@@ -10,8 +10,9 @@ from torch.nn import Parameter
 from sagan_kernels import reference
 from sagan_kernels.ops import attention_tiles, configs
 from sagan_kernels.ops.attention_autograd import attention_and_lse, attention_over_queries
+from sagan_kernels.ops.direct import differentiated, transformed
 from sagan_kernels.ops.dispatch import Impl, choose
-from sagan_kernels.ops.sagan_layer import project_pool, sagan_forward
+from sagan_kernels.ops.sagan_layer import mix, project_pool, sagan_forward
 
 Positions = Literal["keys", "queries"]
 
@@ -168,6 +169,10 @@ def sagan_attention(
             _autocast(x), _autocast(weight.flatten(1)), bias if bias is None else _autocast(bias)
         )
         key, value = pooled[..., :E], pooled[..., E:]
+    elif chosen == "triton":
+        key, value = _projected(x, *_stacked(key_weight, value_weight, key_bias, value_bias)).split(
+            [E, Ev], -1
+        )
     else:
         key, value = F.conv2d(x, key_weight, key_bias), F.conv2d(x, value_weight, value_bias)
         if pool:
@@ -181,15 +186,46 @@ def sagan_attention(
         and x.numel()
         and x.stride(2) == x.shape[3] * x.stride(3)
         and configs.layer_tiling(C, E, Ev, configs.arithmetic(x), configs.architecture(x.device)) is not None
-        and not _differentiated(x, query_weight, key, value, out_weight, gamma, query_bias, out_bias)
+        and not differentiated(x, query_weight, key, value, out_weight, gamma, query_bias, out_bias)
     ):
         query_weight, out_weight = _autocast(query_weight.flatten(1)), _autocast(out_weight.flatten(1))
         query_bias, out_bias = (b if b is None else _autocast(b) for b in (query_bias, out_bias))
         return sagan_forward(x, query_weight, query_bias, key, value, out_weight, out_bias, gamma)
+    if chosen == "triton":
+        query = _projected(x, query_weight, query_bias)
+        o, _ = _attention(query, key, value, normalize, chosen, lies_as_value=True)
+        return _residual(x, o.mT, out_weight, out_bias, gamma)
     query = reference.positions(F.conv2d(x, query_weight, query_bias))  # (B, L, E)
     o, _ = _attention(query, key, value, normalize, chosen, lies_as_value=True)
     o = o.mT.reshape(x.shape[0], Ev, *x.shape[2:])
     return torch.addcmul(x, gamma, o if out_weight is None else F.conv2d(o, out_weight, out_bias))
+
+
+def _projected(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A 1×1 convolution of x, positions first: (B, C, H, W) -> (B, L, K)."""
+    maps = mix(_autocast(weight.flatten(1)), _autocast(x).flatten(2)).mT
+    return maps if bias is None else maps + _autocast(bias)
+
+
+def _residual(
+    x: Tensor, o: Tensor, out_weight: Tensor | None, out_bias: Tensor | None, gamma: Tensor
+) -> Tensor:
+    """X + gamma · (out_weight o + out_bias) for o (B, Ev, L); the product adds x itself where dtypes are equal."""
+    if out_weight is None:
+        return torch.addcmul(x, gamma, o.unflatten(2, x.shape[2:]))
+    weight = out_weight.flatten(1)
+    if torch.is_autocast_enabled(
+        x.device.type
+    ):  # x may be wider than the products, and so may the sum with it
+        y = torch.addcmul(x, gamma, mix(_autocast(weight), o).unflatten(2, x.shape[2:]))
+    else:
+        maps, weight = x.flatten(2), (gamma * weight).expand(x.shape[0], -1, -1)
+        if maps.stride(1) == 1 and maps.stride(2) != 1:
+            y = torch.baddbmm(maps.mT, o.mT, weight.mT).mT
+        else:
+            y = torch.baddbmm(maps, weight, o)
+        y = y.unflatten(2, x.shape[2:])
+    return y if out_bias is None else y + (gamma * out_bias)[:, None, None]
 
 
 def _attention(
@@ -208,14 +244,14 @@ def _attention(
     (B, L, _), S = query.shape, key.shape[1]
     if impl == "reference" or 0 in (B, L, S, *value.shape):
         return reference.attention(query, key, value, normalize=normalize), False
-    if impl == "torch" and not torch.compiler.is_compiling() and not _differentiated(query, key, value):
+    if impl == "torch" and not torch.compiler.is_compiling() and not differentiated(query, key, value):
         if normalize == "keys" and attention_tiles.is_one_tile(query, key, value):
             return attention_tiles.whole(query, key, value, lies_as_value=lies_as_value), False
         # without the operators around them: at batch 1 those take a tenth of the time
         if normalize == "keys":
             return attention_tiles.forward(query, key, value, lies_as_value=lies_as_value), False
         return attention_tiles.over_queries(query, key, value), False
-    if impl == "torch" and _stores_map(B, L, S) and not _transformed():
+    if impl == "torch" and _stores_map(B, L, S) and not transformed():
         if normalize == "queries":
             return reference.attention(query, key, value, normalize=normalize), False
         return attention_tiles.whole(query, key, value, lies_as_value=lies_as_value), False
@@ -252,18 +288,6 @@ def _layer_by_matrices(
     return y if out_bias is None else y + (gamma * out_bias)[:, None, None]
 
 
-def _differentiated(*tensors: Tensor | None) -> bool:
-    """Whether a derivative of any kind may be taken through what follows."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return True
-    return _transformed()
-
-
-def _transformed() -> bool:
-    """Whether `torch.func` or forward mode is at work, where requires_grad does not tell of derivatives."""
-    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
-
-
 def _stores_map(B: int, L: int, S: int) -> bool:
     """`attention_tiles.stores_map`, where a free size of an exported program is taken for a large one."""
     stored = attention_tiles.stores_map(B, L, S)
@@ -282,7 +306,7 @@ def _choose(impl: Impl | None, tensor: Tensor, E: int) -> Impl:
     reason = None
     if chosen == "triton" and E > 256:
         reason, instead = f"the kernels hold keys of width 256 at most, got E {E}", "torch"
-    elif chosen != "reference" and torch.compiler.is_compiling() and _transformed():
+    elif chosen != "reference" and torch.compiler.is_compiling() and transformed():
         # an operator in a traced program carries no tangent, and says nothing
         reason, instead = "within torch.compile, torch.func and forward mode have no kernels", "reference"
     if reason is None:

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from sagan_kernels.ops.attention_operators import (
+    BODIES,
     grad_backward,
     grad_forward,
     grad_over_queries,
@@ -20,6 +20,7 @@ from sagan_kernels.ops.attention_operators import (
     save_inputs,
     third_order,
 )
+from sagan_kernels.ops.direct import DirectFunction, differentiated, differentiated_again, run
 
 _ops = torch.ops.sagan_kernels
 
@@ -32,6 +33,8 @@ def attention_and_lse(query: Tensor, key: Tensor, value: Tensor, impl: str) -> t
     """
     if torch.compiler.is_compiling():
         return _ops.attention_forward(query, key, value, impl)
+    if not differentiated(query, key, value):
+        return _call("attention_forward", query, key, value, impl)
     return _Forward.apply(query, key, value, impl)
 
 
@@ -51,10 +54,22 @@ def attention_over_queries(query: Tensor, key: Tensor, value: Tensor, impl: str)
     return _OverQueries.apply(query, key, value, impl)
 
 
-class _Forward(Function):
+def _call(name: str, *args: Any) -> Any:
+    return run(getattr(_ops, name), BODIES[name], *args)
+
+
+def _backward(*args: Any) -> Any:
+    return _call("attention_backward", *args)
+
+
+def _double_backward(*args: Any) -> Any:
+    return _call("attention_double_backward", *args)
+
+
+class _Forward(DirectFunction):
     @staticmethod
     def forward(query: Tensor, key: Tensor, value: Tensor, impl: str) -> tuple[Tensor, Tensor]:
-        return _ops.attention_forward(query, key, value, impl)
+        return _call("attention_forward", query, key, value, impl)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -64,7 +79,7 @@ class _Forward(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        return grad_forward(_Backward.apply, ctx, grad)
+        return grad_forward(_Backward.apply if differentiated_again() else _backward, ctx, grad)
 
     @staticmethod
     def jvp(ctx: Any, a: Tensor | None, b: Tensor | None, c: Tensor | None, _: None) -> tuple[Tensor, None]:
@@ -77,12 +92,12 @@ class _Forward(Function):
         return _vmap(_Forward, info, in_dims, args)
 
 
-class _Backward(Function):
+class _Backward(DirectFunction):
     @staticmethod
     def forward(
         query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, grad: Tensor, impl: str
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return _ops.attention_backward(query, key, value, out, lse, grad, impl)
+        return _call("attention_backward", query, key, value, out, lse, grad, impl)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -91,7 +106,8 @@ class _Backward(Function):
 
     @staticmethod
     def backward(ctx: Any, a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor | None, ...]:
-        return grad_backward(_DoubleBackward.apply, ctx, a, b, c)
+        again = differentiated_again()
+        return grad_backward(_DoubleBackward.apply if again else _double_backward, ctx, a, b, c)
 
     @staticmethod
     def jvp(
@@ -113,15 +129,14 @@ class _Backward(Function):
         return _vmap(_Backward, info, in_dims, args)
 
 
-class _DoubleBackward(Function):
+class _DoubleBackward(DirectFunction):
     # a Function that raises: @once_differentiable stays silent where the incoming gradient needs none itself
     @staticmethod
     def forward(
         query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, grad: Tensor, grad_query: Tensor,
         a: Tensor, b: Tensor, c: Tensor, impl: str,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-        return _ops.attention_double_backward(
-            query, key, value, out, lse, grad, grad_query, a, b, c, impl
+        return _call("attention_double_backward", query, key, value, out, lse, grad, grad_query, a, b, c, impl
         )  # fmt: skip
 
     @staticmethod
@@ -139,13 +154,13 @@ class _DoubleBackward(Function):
         return _vmap(_DoubleBackward, info, in_dims, args)
 
 
-class _Tangent(Function):
+class _Tangent(DirectFunction):
     @staticmethod
     def forward(
         query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, a: Tensor, b: Tensor, c: Tensor,
         impl: str,
     ) -> Tensor:  # fmt: skip
-        return _ops.attention_tangent(query, key, value, out, lse, a, b, c, impl)
+        return _call("attention_tangent", query, key, value, out, lse, a, b, c, impl)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -166,10 +181,10 @@ class _Tangent(Function):
         return _vmap(_Tangent, info, in_dims, args)
 
 
-class _OverQueries(Function):
+class _OverQueries(DirectFunction):
     @staticmethod
     def forward(query: Tensor, key: Tensor, value: Tensor, impl: str) -> Tensor:
-        return _ops.attention_over_queries(query, key, value, impl)
+        return _call("attention_over_queries", query, key, value, impl)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

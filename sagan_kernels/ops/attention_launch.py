@@ -5,13 +5,13 @@ and the gradients of query and key are sums over the parts.
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sagan_kernels.ops import configs
+from sagan_kernels.ops.launching import Arguments, launch
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -21,7 +21,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     out = empty_like_rows(query, value)
     lse = query.new_empty(query.shape[0], 2, query.shape[1], dtype=_sum_dtype(query))
     for part in _value_parts(("forward",), query, value):
-        tensors = (query, key, value[..., part], out[..., part])
+        tensors = (query, key, _cut(value, part), _cut(out, part))
         pointers = (*tensors, lse)
         _launch(attention_forward_kernel, "forward", pointers, tensors, "rows")
     return out, lse
@@ -35,7 +35,7 @@ def over_queries(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     _launch(attention_lse_kernel, "lse", (key, query, lse), (key, query), "rows")
     out = empty_like_rows(query, value)
     for part in _value_parts(("over_queries",), query, value):
-        tensors = (query, key, value[..., part], out[..., part])
+        tensors = (query, key, _cut(value, part), _cut(out, part))
         _launch(
             attention_over_queries_kernel, "over_queries", (*tensors[:3], lse, tensors[3]), tensors, "rows"
         )
@@ -57,8 +57,8 @@ def backward(
     sums_query: list[Tensor] = []
     sums_key: list[Tensor] = []
     for part in _value_parts(("row", "column"), query, value):
-        q, k, v, o, g = query, key, value[..., part], out[..., part], grad[..., part]
-        dq, dk, dv = _empty_term(q, v, value), _empty_term(k, v, value), grad_value[..., part]
+        q, k, v, o, g = query, key, _cut(value, part), _cut(out, part), _cut(grad, part)
+        dq, dk, dv = _empty_term(q, part), _empty_term(k, part), _cut(grad_value, part)
         _launch(
             attention_backward_row_kernel, "row", (q, k, v, o, lse, g, dq, delta), (q, k, v, o, g, dq), "rows"
         )
@@ -94,9 +94,9 @@ def double_backward(
     sums_query: list[Tensor] = []
     sums_key: list[Tensor] = []
     for part in _value_parts(("double_row", "double_column"), query, value):
-        q, k, v, o, g, c_part = query, key, value[..., part], out[..., part], grad[..., part], c[..., part]
-        q2, k2 = _empty_term(q, v, value), _empty_term(k, v, value)
-        v2, g2 = value2[..., part], grad2[..., part]
+        q, k, (v, o, g, c_part) = query, key, (_cut(t, part) for t in (value, out, grad, c))
+        q2, k2 = _empty_term(q, part), _empty_term(k, part)
+        v2, g2 = _cut(value2, part), _cut(grad2, part)
         # r · grad_query is counted once: grad_query is the sum over the parts
         dq = torch.zeros_like(grad_query) if sums_query else grad_query
         _launch(
@@ -127,7 +127,8 @@ def tangent(
     lse = lse.contiguous()
     result = empty_like_rows(query, value)
     for part in _value_parts(("tangent",), query, value):
-        tensors = (query, key, value[..., part], out[..., part], a, b, c[..., part], result[..., part])
+        v, o, c_part, moved = (_cut(t, part) for t in (value, out, c, result))
+        tensors = (query, key, v, o, a, b, c_part, moved)
         _launch(attention_tangent_kernel, "tangent", (*tensors[:4], lse, *tensors[4:]), tensors, "rows")
     return result
 
@@ -147,40 +148,54 @@ def _launch(
     programs: str,
 ) -> None:
     """Run `kernel`; `strided` are the tensors whose three strides it takes, in its order, query and key first."""
+    arithmetic = configs.arithmetic(strided[0])
+    kind = (arithmetic, *[(tensor.shape, tensor.stride()) for tensor in strided])
+    launch(kernel, pointers, kind, lambda: _arguments(name, strided, programs, arithmetic))
+
+
+def _arguments(
+    name: configs.Kernel, strided: tuple[Tensor, ...], programs: str, arithmetic: configs.Arithmetic
+) -> Arguments:
     query, key = strided[:2]
     value = strided[2] if len(strided) > 2 else key
     (B, L, E), (_, S, Ev) = query.shape, value.shape
-    arithmetic = configs.arithmetic(query)
     tile = configs.tiling(name, E, Ev, arithmetic, configs.architecture(query.device))
     rows, block = (L, tile.block_l) if programs == "rows" else (S, tile.block_s)
     widths: dict[str, Any] = {"E": E, "BLOCK_E": configs.width_block(E)}
     if len(strided) > 2:
         widths |= {"EV": Ev, "BLOCK_EV": configs.width_block(Ev)}
-    with current(query.device):
-        kernel[B * -(-rows // block),](
-            *pointers,
-            L, S,
-            *(stride for tensor in strided for stride in tensor.stride()),
-            **widths,
-            BLOCK_L=tile.block_l, BLOCK_S=tile.block_s,
-            EVEN_L=L % tile.block_l == 0, EVEN_S=S % tile.block_s == 0,
-            WIDE=any(reach(tensor) >= 2**31 for tensor in strided),
-            PRECISION=input_precision(arithmetic), ACC=triton_dtype(query),
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
-        )  # fmt: skip
+    strides = [stride for tensor in strided for stride in tensor.stride()]
+    named = widths | {
+        "BLOCK_L": tile.block_l,
+        "BLOCK_S": tile.block_s,
+        "EVEN_L": L % tile.block_l == 0,
+        "EVEN_S": S % tile.block_s == 0,
+        "WIDE": any(reach(tensor) >= 2**31 for tensor in strided),
+        "PRECISION": input_precision(arithmetic),
+        "ACC": triton_dtype(query),
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+    }
+    return B * -(-rows // block), (L, S, *strides), named
 
 
-def _value_parts(kernels: tuple[configs.Kernel, ...], query: Tensor, value: Tensor) -> Iterator[slice]:
-    """Slices of the value columns, each as wide as one launch of each of `kernels` takes."""
+def _value_parts(kernels: tuple[configs.Kernel, ...], query: Tensor, value: Tensor) -> Iterator[slice | None]:
+    """Slices of the value columns, each as wide as one launch of each of `kernels` takes; None for all of them."""
     E, Ev = query.shape[2], value.shape[2]
     arithmetic, arch = configs.arithmetic(query), configs.architecture(query.device)
     width = min(configs.value_part(kernel, E, Ev, arithmetic, arch) for kernel in kernels)
+    if width == Ev:
+        return iter((None,))
     return (slice(start, min(start + width, Ev)) for start in range(0, Ev, width))
 
 
-def _empty_term(tensor: Tensor, part: Tensor, value: Tensor) -> Tensor:
+def _cut(tensor: Tensor, part: slice | None) -> Tensor:
+    return tensor if part is None else tensor[..., part]
+
+
+def _empty_term(tensor: Tensor, part: slice | None) -> Tensor:
     """Like `tensor`, in the dtype of sums where more than one part of the values contributes."""
-    return torch.empty_like(tensor, dtype=None if part.shape == value.shape else _sum_dtype(tensor))
+    return torch.empty_like(tensor, dtype=None if part is None else _sum_dtype(tensor))
 
 
 def _sum(terms: list[Tensor], like: Tensor) -> Tensor:
@@ -206,8 +221,3 @@ def triton_dtype(tensor: Tensor) -> Any:
     import triton.language as tl
 
     return tl.float64 if tensor.dtype == torch.float64 else tl.float32
-
-
-def current(device: torch.device) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, whichever device the tensors are on."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -160,11 +160,14 @@ def third_order(ctx: Any, *grads: Tensor) -> None:
 _qkv = "Tensor query, Tensor key, Tensor value"
 _saved = f"{_qkv}, Tensor out, Tensor lse"
 _library = torch.library.Library("sagan_kernels", "FRAGMENT")
+BODIES: dict[str, Callable[..., Any]] = {}
+"""What each operator does."""
 
 
 def _define(
     name: str, schema: str, body: Callable[..., Any], fake: Callable[..., Any], grad: Any, save: Any
 ) -> None:
+    BODIES[name] = body
     _library.define(f"{name}{schema}")
     _library.impl(name, body, "CompositeExplicitAutograd")
     torch.library.register_fake(f"sagan_kernels::{name}", fake, lib=_library)

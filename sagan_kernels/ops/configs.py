@@ -6,6 +6,7 @@ hold the largest tiles that were found to compile without spilling registers and
 multiprocessor. They have not been timed on a GPU yet.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -159,6 +160,7 @@ def width_block(width: int) -> int:
     return max(16, 1 << (width - 1).bit_length())
 
 
+@functools.lru_cache(maxsize=1024)
 def value_part(kernel: Kernel, E: int, Ev: int, arithmetic: Arithmetic, arch: Arch) -> int:
     """How many value columns one launch takes. Wider values are cut, which is exact: attention is linear in them."""
     return min(Ev, max(row[1] for row in _TABLES[arithmetic, arch][kernel] if row[0] >= E))
@@ -200,9 +202,14 @@ def architecture(device: torch.device) -> Arch:
     """The table to use on `device`; without a GPU, where kernels are interpreted, any will do."""
     if device.type != "cuda" or interpreted():
         return "sm_90"
+    return _architecture(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
+def _architecture(index: int) -> Arch:
     if torch.version.hip:
         return "gfx942"
-    major = torch.cuda.get_device_capability(device)[0]
+    major = torch.cuda.get_device_capability(index)[0]
     return "sm_80" if major == 8 else "sm_90" if major == 9 else "sm_100"
 
 

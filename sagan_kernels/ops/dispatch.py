@@ -1,5 +1,6 @@
 """One word chooses an implementation: `impl`, overridden by the environment variable SAGAN_KERNELS_IMPL."""
 
+import functools
 import os
 from importlib.util import find_spec
 from typing import Literal, cast, get_args
@@ -60,9 +61,14 @@ def interpreted() -> bool:
 
 
 def _gpu_reasons(tensor: Tensor) -> list[str]:
-    if not torch.version.hip and (found := torch.cuda.get_device_capability(tensor.device)) < (8, 0):
+    if not torch.version.hip and (found := _capability(tensor.get_device())) < (8, 0):
         return [f"the kernels need compute capability 8.0, and {tensor.device} has {found[0]}.{found[1]}"]
     return _dtype_reasons(tensor, (torch.float16, torch.bfloat16, torch.float32))
+
+
+@functools.cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
 
 
 def _dtype_reasons(tensor: Tensor, supported: tuple[torch.dtype, ...]) -> list[str]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sagan_kernels.ops import configs
-from sagan_kernels.ops.attention_launch import current
+from sagan_kernels.ops.launching import launch
 from sagan_kernels.ops.spectral_norm_layout import Item, Layout, Rule
 
 _KEPT = 8  # tables kept: networks take turns between training and evaluation, and buffers of gradients between two
@@ -160,20 +160,19 @@ class _Plan:
         firsts = (self.first_row_tile, self.first_column_tile)
         vectors = (y, z, y_partial, z_partial)
         element = _triton_name(self.element)
-        with current(self.device):
-            for launch in range(2 * self.rules[0].n_power_iterations if self.iterate else 1):
-                tiles = self.products[launch % 2]
-                product_kernel[(len(tiles),)](
-                    self.layers, tiles, *firsts, *vectors,
-                    STORED=launch == 0, DOT=not self.iterate, ELEMENT=element,
-                    VECTOR=16 // self.element.itemsize, ROWS=t.rows, ROW_SPAN=t.row_span, COLUMNS=t.columns,
-                    COLUMN_SPAN=t.column_span, BLOCK_T=t.block_t, num_warps=t.warps,
-                )  # fmt: skip
-            normalize_kernel[(len(self.element_tiles),)](
-                self.layers, self.element_tiles, *firsts, *vectors, sigma, out,
-                ITERATED=self.iterate, STORE=store, ELEMENT=element, BLOCK=t.block, BLOCK_T=t.block_t,
-                num_warps=t.warps,
+        for n in range(2 * self.rules[0].n_power_iterations if self.iterate else 1):
+            tiles = self.products[n % 2]
+            _launch(
+                product_kernel, len(tiles), (self.layers, tiles, *firsts, *vectors),
+                STORED=n == 0, DOT=not self.iterate, ELEMENT=element,
+                VECTOR=16 // self.element.itemsize, ROWS=t.rows, ROW_SPAN=t.row_span, COLUMNS=t.columns,
+                COLUMN_SPAN=t.column_span, BLOCK_T=t.block_t, num_warps=t.warps,
             )  # fmt: skip
+        _launch(
+            normalize_kernel, len(self.element_tiles),
+            (self.layers, self.element_tiles, *firsts, *vectors, sigma, out),
+            ITERATED=self.iterate, STORE=store, ELEMENT=element, BLOCK=t.block, BLOCK_T=t.block_t, num_warps=t.warps,
+        )  # fmt: skip
         return LaunchedState(self, y, z, sigma, out), self._parts(out)
 
     def gradients(
@@ -188,18 +187,20 @@ class _Plan:
         table = self._grad_table([0 if grad is None else grad.data_ptr() for grad in given])
         partial = torch.empty(len(self.element_tiles), dtype=self.sums, device=self.device)
         result = torch.empty(self.out_total, dtype=self.element, device=self.device)
-        grid, t = (len(self.element_tiles),), self.tiling
+        programs, t = len(self.element_tiles), self.tiling
         grad_type = _triton_name(self.dtype)
-        with current(self.device):
-            gradient_dot_kernel[grid](
-                self.layers, self.element_tiles, table, state.out, partial,
-                GRAD=grad_type, BLOCK=t.block, num_warps=t.warps,
-            )  # fmt: skip
-            weight_gradient_kernel[grid](
+        _launch(
+            gradient_dot_kernel, programs, (self.layers, self.element_tiles, table, state.out, partial),
+            GRAD=grad_type, BLOCK=t.block, num_warps=t.warps,
+        )  # fmt: skip
+        _launch(
+            weight_gradient_kernel, programs,
+            (
                 self.layers, self.element_tiles, self.first_element_tile, table,
                 state.y, state.z, state.sigma, partial, result,
-                GRAD=grad_type, BLOCK=t.block, BLOCK_T=t.block_t, num_warps=t.warps,
-            )  # fmt: skip
+            ),
+            GRAD=grad_type, BLOCK=t.block, BLOCK_T=t.block_t, num_warps=t.warps,
+        )  # fmt: skip
         parts = self._parts(result)
         return [None if grad is None else part for grad, part in zip(given, parts, strict=True)]
 
@@ -256,6 +257,10 @@ class _Plan:
         if self.device.type == "cuda":
             table = table.pin_memory().to(self.device, non_blocking=True)
         return table
+
+
+def _launch(kernel: Any, programs: int, tensors: tuple[Tensor, ...], **named: Any) -> None:
+    launch(kernel, tensors, (programs, *named.values()), lambda: (programs, (), named))
 
 
 def _capturing(device: torch.device) -> bool:
