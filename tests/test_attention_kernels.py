@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sagan_kernels.ops import attention
+from sagan_kernels.ops import attention, configs
 
 # (B, L, S, E, Ev): lengths and widths that no tile divides, one key, values wider than one launch takes
 SHAPES = [(2, 70, 33, 5, 19), (1, 64, 64, 16, 32), (3, 5, 1, 1, 1), (1, 9, 70, 24, 150)]
@@ -252,3 +252,27 @@ def test_padded_sdpa_agrees_on_a_layer_of_real_size(device):
     q, k, v = (t.detach() for t in qkv((1, 256, 64, 16, 64), device, torch.float32, "NCHW"))
     expected = F.scaled_dot_product_attention(F.pad(q, (0, 48)), F.pad(k, (0, 48)), v, scale=1.0)
     torch.testing.assert_close(attention(q, k, v, impl="triton"), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("splits", [2, 5])
+@pytest.mark.parametrize("Ev", [7, 130])  # the wider in parts
+def test_split_column_passes_add_up(splits, Ev, device, monkeypatch):
+    # of five spans of two tiles the last one is beyond all queries
+    inputs = qkv((2, 410, 35, 5, Ev), device, dtypes(device)[0], "NCHW")
+    cotangents = [torch.randn(2, 410, Ev, device=device).to(inputs[0].dtype), *map(torch.randn_like, inputs)]
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    wanted = orders(exact, "keys", "reference", [c.double() for c in cotangents])
+    asked = []
+    monkeypatch.setattr(configs, "column_splits", lambda kernel, *sizes: asked.append(kernel) or splits)
+    found = orders(inputs, "keys", "triton", cotangents)
+    assert {*asked} == {"column", "double_column"}
+    tolerance = TOLERANCES[inputs[0].dtype]
+    for order, several in ((1, 2), (2, 8)):
+        for actual, expected in zip(found[order], wanted[order], strict=True):
+            assert_near(actual, expected, several * tolerance)
+
+
+def test_only_small_grids_are_split():
+    assert configs.column_splits("column", 64, 4096, 1024, 16, 64, "half", "sm_90") == 1
+    assert configs.column_splits("column", 1, 4096, 1024, 16, 64, "half", "sm_90") > 4
+    assert configs.column_splits("column", 1, 100, 25, 16, 64, "half", "sm_90") == 1

@@ -54,16 +54,22 @@ def attention_backward_row_kernel(
 @triton.jit
 def attention_backward_column_kernel(
     q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, g_ptr, dk_ptr, dv_ptr,
-    L, S,
+    L, S, splits, span,
     q_image, q_row, q_col, k_image, k_row, k_col, v_image, v_row, v_col,
     g_image, g_row, g_col, dk_image, dk_row, dk_col, dv_image, dv_row, dv_col,
     E: tl.constexpr, EV: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_S: tl.constexpr, EVEN_L: tl.constexpr, EVEN_S: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Computes BLOCK_S rows of dk and dv for one image. Grid: (B · ⌈S / BLOCK_S⌉,). Runs after the row pass."""
+    """Computes BLOCK_S rows of dk and dv for one image. Grid: (B · splits · ⌈S / BLOCK_S⌉,). Runs after the row pass.
+
+    A small batch has too few key tiles for a GPU, so queries are split too, `span` a program: image i · splits + n of
+    the results has the part of image i that the n-th span gives.
+    """
     tiles = tl.cdiv(S, BLOCK_S)
-    image = (tl.program_id(0) // tiles).to(tl.int64)
+    part = (tl.program_id(0) // tiles).to(tl.int64)
+    image = part // splits
+    begin = (part % splits).to(tl.int32) * span
     cols = indices(tl.program_id(0) % tiles * BLOCK_S, BLOCK_S, WIDE)
     e = indices(0, BLOCK_E, WIDE)
     ev = indices(0, BLOCK_EV, WIDE)
@@ -72,7 +78,7 @@ def attention_backward_column_kernel(
 
     dk = tl.zeros((BLOCK_S, BLOCK_E), ACC)
     dv = tl.zeros((BLOCK_S, BLOCK_EV), ACC)
-    for start in range(0, L, BLOCK_L):
+    for start in range(begin, tl.minimum(begin + span, L), BLOCK_L):
         rows = indices(start, BLOCK_L, WIDE)
         q = load_tile(q_ptr + image * q_image, rows, e, q_row, q_col, L, E, EVEN_L, BLOCK_E)
         g = load_tile(g_ptr + image * g_image, rows, ev, g_row, g_col, L, EV, EVEN_L, BLOCK_EV)
@@ -85,5 +91,5 @@ def attention_backward_column_kernel(
         dv = tl.dot(p.to(g.dtype), g, dv, input_precision=PRECISION, out_dtype=ACC)
         ds = p * (tl.dot(v, tl.trans(g), input_precision=PRECISION, out_dtype=ACC) - delta[None, :])
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION, out_dtype=ACC)
-    store_tile(dk_ptr + image * dk_image, dk, cols, e, dk_row, dk_col, S, E, EVEN_S, BLOCK_E)
-    store_tile(dv_ptr + image * dv_image, dv, cols, ev, dv_row, dv_col, S, EV, EVEN_S, BLOCK_EV)
+    store_tile(dk_ptr + part * dk_image, dk, cols, e, dk_row, dk_col, S, E, EVEN_S, BLOCK_E)
+    store_tile(dv_ptr + part * dv_image, dv, cols, ev, dv_row, dv_col, S, EV, EVEN_S, BLOCK_EV)

@@ -84,7 +84,7 @@ def attention_double_backward_row_kernel(
 @triton.jit
 def attention_double_backward_column_kernel(
     q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, r_ptr, x_sum_ptr, g_ptr, a_ptr, b_ptr, c_ptr, k2_ptr, v2_ptr,
-    L, S,
+    L, S, splits, span,
     q_image, q_row, q_col, k_image, k_row, k_col, v_image, v_row, v_col, g_image, g_row, g_col,
     a_image, a_row, a_col, b_image, b_row, b_col, c_image, c_row, c_col,
     k2_image, k2_row, k2_col, v2_image, v2_row, v2_col,
@@ -92,9 +92,15 @@ def attention_double_backward_column_kernel(
     BLOCK_L: tl.constexpr, BLOCK_S: tl.constexpr, EVEN_L: tl.constexpr, EVEN_S: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Computes BLOCK_S rows of k2 and v2 for one image. Grid: (B · ⌈S / BLOCK_S⌉,). Runs after the row pass."""
+    """Computes BLOCK_S rows of k2 and v2 for one image. Grid: (B · splits · ⌈S / BLOCK_S⌉,). Runs after the row pass.
+
+    A small batch has too few key tiles for a GPU, so queries are split too, `span` a program: image i · splits + n of
+    the results has the part of image i that the n-th span gives.
+    """
     tiles = tl.cdiv(S, BLOCK_S)
-    image = (tl.program_id(0) // tiles).to(tl.int64)
+    part = (tl.program_id(0) // tiles).to(tl.int64)
+    image = part // splits
+    begin = (part % splits).to(tl.int32) * span
     cols = indices(tl.program_id(0) % tiles * BLOCK_S, BLOCK_S, WIDE)
     e = indices(0, BLOCK_E, WIDE)
     ev = indices(0, BLOCK_EV, WIDE)
@@ -105,7 +111,7 @@ def attention_double_backward_column_kernel(
 
     k2 = tl.zeros((BLOCK_S, BLOCK_E), ACC)
     v2 = tl.zeros((BLOCK_S, BLOCK_EV), ACC)
-    for start in range(0, L, BLOCK_L):
+    for start in range(begin, tl.minimum(begin + span, L), BLOCK_L):
         rows = indices(start, BLOCK_L, WIDE)
         q = load_tile(q_ptr + image * q_image, rows, e, q_row, q_col, L, E, EVEN_L, BLOCK_E)
         a = load_tile(a_ptr + image * a_image, rows, e, a_row, a_col, L, E, EVEN_L, BLOCK_E)
@@ -127,8 +133,8 @@ def attention_double_backward_column_kernel(
         x = pt * d + p * u
         k2 = tl.dot(x.to(q.dtype), q, k2, input_precision=PRECISION, out_dtype=ACC)
         k2 = tl.dot((p * d).to(a.dtype), a, k2, input_precision=PRECISION, out_dtype=ACC)
-    store_tile(k2_ptr + image * k2_image, k2, cols, e, k2_row, k2_col, S, E, EVEN_S, BLOCK_E)
-    store_tile(v2_ptr + image * v2_image, v2, cols, ev, v2_row, v2_col, S, EV, EVEN_S, BLOCK_EV)
+    store_tile(k2_ptr + part * k2_image, k2, cols, e, k2_row, k2_col, S, E, EVEN_S, BLOCK_E)
+    store_tile(v2_ptr + part * v2_image, v2, cols, ev, v2_row, v2_col, S, EV, EVEN_S, BLOCK_EV)
 
 
 @triton.jit

@@ -59,12 +59,16 @@ def backward(
     for part in _value_parts(("row", "column"), query, value):
         q, k, v, o, g = query, key, _cut(value, part), _cut(out, part), _cut(grad, part)
         dq, dk, dv = _empty_term(q, part), _empty_term(k, part), _cut(grad_value, part)
+        splits = _splits("column", q, v)
         _launch(
             attention_backward_row_kernel, "row", (q, k, v, o, lse, g, dq, delta), (q, k, v, o, g, dq), "rows"
         )
+        parts = _split(dk, splits), _split(dv, splits)
         _launch(
-            attention_backward_column_kernel, "column", (q, k, v, lse, delta, g, dk, dv), (q, k, v, g, dk, dv), "cols"
+            attention_backward_column_kernel, "column", (q, k, v, lse, delta, g, *parts), (q, k, v, g, *parts),
+            "cols", splits,
         )  # fmt: skip
+        _join(parts, (dk, dv), splits)
         sums_query.append(dq)
         sums_key.append(dk)
     return _sum(sums_query, query), _sum(sums_key, key), grad_value
@@ -106,13 +110,17 @@ def double_backward(
             (q, k, v, o, g, dq, a, b, c_part, q2, g2),
             "rows",
         )
+        splits = _splits("double_column", q, v)
+        parts = _split(k2, splits), _split(v2, splits)
         _launch(
             attention_double_backward_column_kernel,
             "double_column",
-            (q, k, v, lse, delta, r, x_sum, g, a, b, c_part, k2, v2),
-            (q, k, v, g, a, b, c_part, k2, v2),
+            (q, k, v, lse, delta, r, x_sum, g, a, b, c_part, *parts),
+            (q, k, v, g, a, b, c_part, *parts),
             "cols",
+            splits,
         )
+        _join(parts, (k2, v2), splits)
         sums_query.append(q2)
         sums_key.append(k2)
     return _sum(sums_query, query), _sum(sums_key, key), value2, grad2
@@ -146,15 +154,20 @@ def _launch(
     pointers: tuple[Tensor, ...],
     strided: tuple[Tensor, ...],
     programs: str,
+    splits: int = 1,
 ) -> None:
     """Run `kernel`; `strided` are the tensors whose three strides it takes, in its order, query and key first."""
     arithmetic = configs.arithmetic(strided[0])
-    kind = (arithmetic, *[(tensor.shape, tensor.stride()) for tensor in strided])
-    launch(kernel, pointers, kind, lambda: _arguments(name, strided, programs, arithmetic))
+    kind = (arithmetic, splits, *[(tensor.shape, tensor.stride()) for tensor in strided])
+    launch(kernel, pointers, kind, lambda: _arguments(name, strided, programs, splits, arithmetic))
 
 
 def _arguments(
-    name: configs.Kernel, strided: tuple[Tensor, ...], programs: str, arithmetic: configs.Arithmetic
+    name: configs.Kernel,
+    strided: tuple[Tensor, ...],
+    programs: str,
+    splits: int,
+    arithmetic: configs.Arithmetic,
 ) -> Arguments:
     query, key = strided[:2]
     value = strided[2] if len(strided) > 2 else key
@@ -164,6 +177,7 @@ def _arguments(
     widths: dict[str, Any] = {"E": E, "BLOCK_E": configs.width_block(E)}
     if len(strided) > 2:
         widths |= {"EV": Ev, "BLOCK_EV": configs.width_block(Ev)}
+    sizes = (L, S) if programs == "rows" else (L, S, splits, -(-L // (splits * tile.block_l)) * tile.block_l)
     strides = [stride for tensor in strided for stride in tensor.stride()]
     named = widths | {
         "BLOCK_L": tile.block_l,
@@ -176,7 +190,7 @@ def _arguments(
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
     }
-    return B * -(-rows // block), (L, S, *strides), named
+    return B * splits * -(-rows // block), (*sizes, *strides), named
 
 
 def _value_parts(kernels: tuple[configs.Kernel, ...], query: Tensor, value: Tensor) -> Iterator[slice | None]:
@@ -196,6 +210,26 @@ def _cut(tensor: Tensor, part: slice | None) -> Tensor:
 def _empty_term(tensor: Tensor, part: slice | None) -> Tensor:
     """Like `tensor`, in the dtype of sums where more than one part of the values contributes."""
     return torch.empty_like(tensor, dtype=None if part is None else _sum_dtype(tensor))
+
+
+def _splits(name: configs.Kernel, query: Tensor, value: Tensor) -> int:
+    (B, L, E), (_, S, Ev) = query.shape, value.shape
+    arithmetic, arch = configs.arithmetic(query), configs.architecture(query.device)
+    return configs.column_splits(name, B, L, S, E, Ev, arithmetic, arch)
+
+
+def _split(tensor: Tensor, splits: int) -> Tensor:
+    """What a column pass writes: `tensor` itself, or one like it for each part, (B · splits, S, width)."""
+    if splits == 1:
+        return tensor
+    B, S, width = tensor.shape
+    return tensor.new_empty(B * splits, S, width, dtype=_sum_dtype(tensor))
+
+
+def _join(parts: tuple[Tensor, ...], into: tuple[Tensor, ...], splits: int) -> None:
+    if splits > 1:
+        for tensor, sums in zip(into, parts, strict=True):
+            tensor.copy_(sums.unflatten(0, (-1, splits)).sum(1))
 
 
 def _sum(terms: list[Tensor], like: Tensor) -> Tensor:

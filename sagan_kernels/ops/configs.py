@@ -78,6 +78,8 @@ class SpectralNormTiling:
     warps: int = 4
 
 
+_PROGRAMS = 256  # about two for each multiprocessor of a large GPU
+
 SPECTRAL_NORM = SpectralNormTiling()
 
 # For each kernel rows of (widest key, widest value part, block_l, block_s), the first that is wide enough counts.
@@ -172,6 +174,19 @@ def tiling(kernel: Kernel, E: int, Ev: int, arithmetic: Arithmetic, arch: Arch) 
         if width_block(E) <= widest_key and (kernel == "lse" or width_block(Ev) <= widest_value):
             return Tiling(block_l, block_s)
     raise AssertionError(f"no tiling of {kernel} for E {E}, Ev {Ev}")
+
+
+@functools.lru_cache(maxsize=1024)
+def column_splits(
+    kernel: Kernel, B: int, L: int, S: int, E: int, Ev: int, arithmetic: Arithmetic, arch: Arch
+) -> int:
+    """Into how many parts a column pass cuts the query positions: more than one where key tiles do not fill a GPU.
+
+    A part has four tiles of queries or more, since results are summed over parts.
+    """
+    tile = tiling(kernel, E, Ev, arithmetic, arch)
+    programs = B * -(-S // tile.block_s)
+    return 1 if programs >= _PROGRAMS // 2 else max(1, min(_PROGRAMS // programs, L // (4 * tile.block_l)))
 
 
 def projection_tiling(C: int, K: int, arithmetic: Arithmetic, arch: Arch) -> ProjectionTiling:
