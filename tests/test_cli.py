@@ -69,7 +69,8 @@ def test_sample_writes_an_image_a_seed_named_by_seed_and_label():
     assert result.exit_code == 0, result.output
     assert names("here") == [f"seed000{seed}_label2.png" for seed in (1, 4, 5)]
     assert "3 images in here" in result.stdout
-    assert "s on cpu, implementation: torch" in result.stdout
+    on = "cuda, implementation: triton" if torch.cuda.is_available() else "cpu, implementation: torch"
+    assert f"s on {on}" in result.stdout
     with Image.open("here/seed0004_label2.png") as image:
         assert (image.size, image.mode) == ((32, 32), "L")
 
