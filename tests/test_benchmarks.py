@@ -342,6 +342,21 @@ def test_brief_report_has_a_line_a_shape_with_the_fastest_of_the_others(tmp_path
     ]
 
 
+def test_reports_from_a_gpu_have_the_time_of_the_host(tmp_path):
+    result = report.load(results(tmp_path, "a", 2.0, 0.01))
+    contenders = result["cases"][0]["contenders"]
+    contenders["eager"] |= {"host_ms": 0.3, "speedup_host": 1.0}
+    contenders["ours"] |= {"host_ms": 0.6, "speedup_host": 0.5}
+    *_, full = report.sections(result)
+    _, told, header, _, *rows = [line for line in full.splitlines() if line]
+    assert told.startswith("Device time is a GPU's while its queue is full, host time what it takes")
+    assert "| 2.00× (1.99 to 2.01) | 0.6 (**0.50×**) | 1e-07 |" in rows[-1]
+    assert {row.count("|") for row in [header, *rows]} == {header.count("|")}
+    *_, short = report.sections(result, report.brief)
+    assert short.splitlines()[2] == told
+    assert short.splitlines()[-1] == "| tiny, B 4 | eager 4 ms; ours 2.00× (host **0.5×**) |"
+
+
 @pytest.mark.parametrize(("new", "verdict"), [(2.2, "within noise"), (2.6, "faster"), (1.4, "slower")])
 def test_regressions_are_told_from_noise(new, verdict, tmp_path):
     old, found = (report.load(results(tmp_path, n, s, 0.1)) for n, s in (("old", 2.0), ("new", new)))
