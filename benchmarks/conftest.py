@@ -77,13 +77,18 @@ def pytest_terminal_summary(terminalreporter, config):
         f"{run['device']}, {run['threads']} threads on {run['processors']} processors, load {run['load'] or 0:.1f}, "
         f"torch {run['torch']}; more threads and load than processors measure the scheduler, not the contenders"
     )
+
+    def took(row):
+        host = f", host {row['host_ms']:.2f}" if "host_ms" in row else ""
+        return f"{row['median_ms']:.2f} ms{host}"
+
     for case in measured:
         told = ", ".join(
             f"{name} {row['unavailable']}"
             if "unavailable" in row
-            else f"{name} {row['speedup']:.2f}x ({row['median_ms']:.2f} ms)"
+            else f"{name} {row['speedup']:.2f}x ({took(row)})"
             if "speedup" in row
-            else f"{name} ({row['median_ms']:.2f} ms)"
+            else f"{name} ({took(row)})"
             for name, row in case["contenders"].items()
         )
         what = f"{case['suite']}, {case['task']}, {report.label(case)}, {case['dtype']}, {case['layout']}"

@@ -17,6 +17,10 @@ from benchmarks.roofline import Ceilings, Work, bound_ms
 from sagan_kernels.files import write_atomically
 
 Row = dict[str, Any]
+HOST = (
+    "Device time is a GPU's while its queue is full, host time what it takes to queue a call: "
+    "the longer of both is what a loop takes."
+)
 
 
 def main() -> None:
@@ -97,7 +101,8 @@ def sections(
         )
     for suite in dict.fromkeys(case["suite"] for case in result["cases"]):
         cases = [case for case in result["cases"] if case["suite"] == suite]
-        yield f"### {suite}\n\n" + (tabulate or table)(cases, result["run"])
+        told = f"{HOST}\n\n" if _has_host(cases) else ""
+        yield f"### {suite}\n\n{told}" + (tabulate or table)(cases, result["run"])
     if result["curves"]:
         yield "### scaling\n\n" + curve_table(result["curves"])
 
@@ -118,28 +123,45 @@ def provenance(run: Row) -> str:
 
 def table(cases: list[Row], run: Row) -> str:
     """Every contender of every case, the losing ones too: time, speed over the first, memory, roofline."""
+    host = _has_host(cases)
     lines = [
-        "| task | shape | B | dtype | layout | contender | median ms | images/s | speed over the first | error "
-        "| peak MiB | compile s | of the roofline |",
-        "|---|---|---:|---|---|---|---:|---:|---:|---:|---:|---:|---|",
+        "| task | shape | B | dtype | layout | contender | median ms | images/s | speed over the first "
+        f"{'| host ms ' if host else ''}| error | peak MiB | compile s | of the roofline |",
+        f"|---|---|---:|---|---|---|---:|---:|---:|{'---:|' if host else ''}---:|---:|---:|---|",
     ]
     for case in cases:
         what = [case["task"], case["shape"], case["batch"] or "", case["dtype"], case["layout"]]
         for name, row in case["contenders"].items():
             label = f"{name} ({row['note']})" if "note" in row else name
             if "unavailable" in row:
-                cells = [f"unavailable: {row['unavailable']}".replace("|", "/"), *[""] * 6]
+                cells = [f"unavailable: {row['unavailable']}".replace("|", "/"), *[""] * (6 + host)]
             else:
                 reached = fraction(case, row["median_ms"], run.get("ceilings"))
                 cells = [
                     f"{row['median_ms']:.3g}",
-                    f"{1e3 * case['batch'] / row['median_ms']:.3g}" if case["batch"] else "", speed(row),
+                    f"{1e3 * case['batch'] / row['median_ms']:.3g}" if case["batch"] else "",
+                    speed(row), *[_host_cell(row)] * host,
                     f"{row['error']:.0e}" if "error" in row else "",
                     f"{row['peak_mib']:.1f}" if "peak_mib" in row else "", row.get("compile_s", ""),
                     f"{reached[0]:.0%} ({reached[1]})" if reached else "",
                 ]  # fmt: skip
             lines.append("| " + " | ".join(str(cell) for cell in [*what, label, *cells]) + " |")
     return "\n".join(lines)
+
+
+def _has_host(cases: list[Row]) -> bool:
+    return any("host_ms" in row for case in cases for row in case["contenders"].values())
+
+
+def _host_cell(row: Row) -> str:
+    """The host's time, and in parentheses its speed over the first contender's."""
+    told = f"{row['host_ms']:.3g}" if "host_ms" in row else ""
+    return f"{told} ({times(row['speedup_host'])})" if "speedup_host" in row else told
+
+
+def times(ratio: float, digits: int = 2) -> str:
+    """A speed; below 1 in bold, since a loss is to be seen."""
+    return f"{ratio:.{digits}f}×" if ratio >= 1 else f"**{ratio:.{digits}f}×**"
 
 
 def brief(cases: list[Row], run: Row) -> str:
@@ -167,7 +189,9 @@ def _brief_cell(contenders: dict[str, Row]) -> str:
     told = [f"{baseline} {contenders[baseline]['median_ms']:.3g} ms"]
     for name in [*ours, *sorted(others, key=lambda name: -contenders[name]["speedup"])[:1]]:
         ratio = contenders[name]["speedup"]
-        told.append(f"{name} {ratio:.2f}×" if ratio >= 1 or name not in ours else f"{name} **{ratio:.2f}×**")
+        told.append(f"{name} {times(ratio) if name in ours else f'{ratio:.2f}×'}")
+        if name in ours and "speedup_host" in contenders[name]:
+            told[-1] += f" (host {times(contenders[name]['speedup_host'], 1)})"
     return "; ".join(told)
 
 
@@ -177,12 +201,11 @@ def label(case: Row) -> str:
 
 
 def speed(row: Row) -> str:
-    """The median ratio with its quartiles; below 1 in bold, since a loss is to be seen."""
+    """The median ratio with its quartiles."""
     if "speedup" not in row:
         return ""
     low, high = row["quartiles_speedup"]
-    told = f"{row['speedup']:.2f}×" if row["speedup"] >= 1 else f"**{row['speedup']:.2f}×**"
-    return f"{told} ({low:.2f} to {high:.2f})"
+    return f"{times(row['speedup'])} ({low:.2f} to {high:.2f})"
 
 
 def fraction(case: Row, median_ms: float, ceilings: Row | None) -> tuple[float, str] | None:

@@ -1,11 +1,13 @@
 """The arithmetic of the benchmarks: what is compared, bounded, fitted and searched, on figures worked out by hand."""
 
 import dataclasses
+import itertools
 import json
 import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -80,6 +82,50 @@ def test_check_of_a_forward_in_few_bits_is_not_blinded_by_a_residual(dtype):
     measuring.check(dataclasses.replace(wrong, dtype=dtype, task="forward + backward"))
 
 
+def off(error):
+    """A result this far from EXPECTED."""
+    return lambda: EXPECTED * (1 + error)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "task", "baseline", "right", "wrong"),
+    [
+        ("float32", "forward", 5e-5, 9e-5, 1.5e-4),  # the tolerance
+        ("float32", "forward + backward", 1.7e-4, 3e-4, 4e-4),  # twice the baseline's
+        ("float32", "R1 step", 1e-6, 9e-5, 1.5e-4),
+        ("tf32", "forward", 1.4e-3, 8e-3, 9e-3),  # six times
+        ("tf32", "R1 step", 4e-2, 7e-2, 9e-2),
+        ("tf32", "R1 step", 1e-3, 1.9e-2, 2.1e-2),
+        ("bfloat16", "forward", 1e-2, 2.9e-2, 3.1e-2),  # three times
+        ("bfloat16", "forward + backward", 0.1, 0.19, 0.21),
+    ],
+)
+def test_check_of_others_knows_the_error_of_the_baseline(dtype, task, baseline, right, wrong):
+    for error in (right, wrong):
+        made = case(eager=off(baseline), other=off(error), ours=off(right))
+        found = measuring.check(dataclasses.replace(made, dtype=dtype, task=task))
+        assert bool(found["other"].unavailable) == (error == wrong)
+    with pytest.raises(AssertionError, match="ours must be within"):
+        measuring.check(
+            dataclasses.replace(case(eager=off(baseline), ours=off(wrong)), dtype=dtype, task=task)
+        )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "task", "right", "wrong"),
+    [
+        ("float32", "forward", 9e-5, 1.1e-4),
+        ("float32", "R1 step", 9e-3, 1.1e-2),
+        ("tf32", "forward", 1.9e-2, 2.1e-2),
+        ("tf32", "R1 step", 5.9e-2, 6.1e-2),
+    ],
+)
+def test_check_bounds_the_baseline_itself(dtype, task, right, wrong):
+    measuring.check(dataclasses.replace(case(eager=off(right), ours=off(0)), dtype=dtype, task=task))
+    with pytest.raises(AssertionError, match="eager must be within"):
+        measuring.check(dataclasses.replace(case(eager=off(wrong), ours=off(0)), dtype=dtype, task=task))
+
+
 @pytest.mark.parametrize("text", ["", "eight", "1 -2", "0", "1.5"])
 def test_numbers_of_a_variable_must_be_positive_and_whole(monkeypatch, text):
     monkeypatch.setenv("BENCH_BATCHES", text)
@@ -121,6 +167,61 @@ def test_speed_is_the_median_of_ratios_within_rounds(monkeypatch):
     timed = case(eager=lambda: EXPECTED, ours=lambda: EXPECTED)
     row = measuring.summary(timed, measuring.measure(timed, rounds=3))["contenders"]["ours"]
     assert (row["speedup"], row["median_ms"], row["quartiles_speedup"]) == (2.0, 10.0, [1.5, 2.0])
+
+
+def test_a_gpu_is_timed_apart_from_the_host_that_queues(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(measuring, "synchronize", lambda: None)
+    monkeypatch.setattr(measuring, "peak_mib", lambda call: 1.0)
+    host, gpu = (iter(values * 50) for values in ([3.0, 6.0], [8.0, 2.0]))  # eager, ours, eager, ours, ...
+    queued = []
+    monkeypatch.setattr(measuring, "host_ms", lambda call: next(host))
+    monkeypatch.setattr(measuring, "device_ms", lambda call, host: queued.append(host) or next(gpu))
+    timed = case(eager=lambda: EXPECTED, ours=lambda: EXPECTED)
+    eager, ours = measuring.summary(timed, measuring.measure(timed, rounds=31))["contenders"].values()
+    assert (eager["host_ms"], eager["speedup_host"], eager["rounds"]) == (3.0, 1.0, 15)
+    assert (ours["median_ms"], ours["speedup"], ours["host_ms"], ours["speedup_host"]) == (2.0, 4.0, 6.0, 0.5)
+    assert queued == [3.0, 6.0] * 15
+    clock = itertools.count()
+    monkeypatch.setattr(measuring.time, "perf_counter", lambda: next(clock))
+    assert len(measuring.measure(timed, rounds=31)["ours"].times_ms) == 5
+
+
+def test_the_gpu_spins_while_the_host_queues(monkeypatch):
+    told, spun = [], []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            told.append("event")
+
+        def elapsed_time(self, other):
+            return 2.0
+
+    monkeypatch.setattr(measuring, "_overwrite_l2", lambda: told.append("flush"))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: told.append("spin") or spun.append(cycles))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: told.append("wait"))
+    assert measuring.device_ms(lambda: told.append("call"), 2.0) == 2.0
+    measuring.device_ms(lambda: None, 1e3)
+    assert told[:6] == ["flush", "spin", "event", "call", "event", "wait"]
+    assert spun == [int(3.3 * 1.8e6), 90_000_000]  # 3.3 and 50 ms
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_slow_host_does_not_slow_a_full_queue():
+    x = torch.zeros(8, device="cuda")
+
+    def call():
+        time.sleep(5e-3)
+        x.add_(1)
+
+    call()
+    assert measuring.host_ms(call) > 5
+    assert measuring.time_ms(call) < 1
 
 
 def test_peak_memory_counts_what_a_call_holds_at_once():
@@ -239,6 +340,21 @@ def test_brief_report_has_a_line_a_shape_with_the_fastest_of_the_others(tmp_path
         "|---|---|",
         "| tiny, B 4 | eager 1 ms; ours **0.50×**; ours, bf16 2.00×; fast 1.70× |",
     ]
+
+
+def test_reports_from_a_gpu_have_the_time_of_the_host(tmp_path):
+    result = report.load(results(tmp_path, "a", 2.0, 0.01))
+    contenders = result["cases"][0]["contenders"]
+    contenders["eager"] |= {"host_ms": 0.3, "speedup_host": 1.0}
+    contenders["ours"] |= {"host_ms": 0.6, "speedup_host": 0.5}
+    *_, full = report.sections(result)
+    _, told, header, _, *rows = [line for line in full.splitlines() if line]
+    assert told.startswith("Device time is a GPU's while its queue is full, host time what it takes")
+    assert "| 2.00× (1.99 to 2.01) | 0.6 (**0.50×**) | 1e-07 |" in rows[-1]
+    assert {row.count("|") for row in [header, *rows]} == {header.count("|")}
+    *_, short = report.sections(result, report.brief)
+    assert short.splitlines()[2] == told
+    assert short.splitlines()[-1] == "| tiny, B 4 | eager 4 ms; ours 2.00× (host **0.5×**) |"
 
 
 @pytest.mark.parametrize(("new", "verdict"), [(2.2, "within noise"), (2.6, "faster"), (1.4, "slower")])
