@@ -28,6 +28,13 @@ def test_every_width_has_a_tiling_of_whole_warps(kernel, key, arch):
             assert tile.block_s >= 16
 
 
+def test_a_row_may_name_warps_and_stages(monkeypatch):
+    table = {"forward": ((16, 32, 64, 128, 8, 3), (256, 128, 32, 32))}
+    monkeypatch.setitem(configs._TABLES, ("half", "sm_90"), table)
+    assert configs.tiling("forward", 8, 32, "half", "sm_90") == configs.Tiling(64, 128, 8, 3)
+    assert configs.tiling("forward", 8, 33, "half", "sm_90") == configs.Tiling(32, 32, 4, 2)
+
+
 def test_float32_stays_float32_unless_tf32_is_allowed(on_a_gpu):
     x = torch.zeros(1)
     assert configs.arithmetic(x) == "tf32x3"

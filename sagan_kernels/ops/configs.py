@@ -82,8 +82,9 @@ _PROGRAMS = 256  # about two for each multiprocessor of a large GPU
 
 SPECTRAL_NORM = SpectralNormTiling()
 
-# For each kernel rows of (widest key, widest value part, block_l, block_s), the first that is wide enough counts.
-_Table = dict[Kernel, tuple[tuple[int, int, int, int], ...]]
+# For each kernel rows of (widest key, widest value part, block_l, block_s[, num_warps, num_stages]), the first that is
+# wide enough counts.
+_Table = dict[Kernel, tuple[tuple[int, ...], ...]]
 
 _HALF_90: _Table = {
     "forward": ((64, 32, 64, 128), (64, 128, 64, 64), (256, 128, 32, 32)),
@@ -170,9 +171,9 @@ def value_part(kernel: Kernel, E: int, Ev: int, arithmetic: Arithmetic, arch: Ar
 
 def tiling(kernel: Kernel, E: int, Ev: int, arithmetic: Arithmetic, arch: Arch) -> Tiling:
     """The tiling of `kernel` for keys of width E, at most 256, and values of width Ev, at most `value_part`."""
-    for widest_key, widest_value, block_l, block_s in _TABLES[arithmetic, arch][kernel]:
+    for widest_key, widest_value, *tile in _TABLES[arithmetic, arch][kernel]:
         if width_block(E) <= widest_key and (kernel == "lse" or width_block(Ev) <= widest_value):
-            return Tiling(block_l, block_s)
+            return Tiling(*tile)
     raise AssertionError(f"no tiling of {kernel} for E {E}, Ev {Ev}")
 
 
