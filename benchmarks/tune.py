@@ -42,7 +42,7 @@ WIDTHS = ((16, 32), (16, 64), (32, 128), (16, 128), (32, 64), (64, 128))  # bloc
 CHANNELS = (64, 128, 256)
 TOGETHER = ({"row", "column"}, {"double_row", "double_column"})  # their values are cut alike
 DTYPES = {"half": "bfloat16", "tf32": "tf32", "tf32x3": "float32", "ieee": "float32"}
-MOST = 28  # candidates
+MOST = 18  # candidates
 Candidate = Any
 """A tiling of configs.py, of the kernel's kind."""
 Timer = Callable[[Callable[[], Any]], float]

@@ -83,7 +83,9 @@ def test_kernels_match_the_formula(iterate, n, order, device):
         found = torch.autograd.grad(got, weights, grads)
         for mine, other in ((got, expected), (us, exact_us), (vs, exact_vs), (found, wanted)):
             for a, b in zip(mine, other, strict=True):
-                atol = TOLERANCE[dtype] * max(b.abs().max().item(), 1) * (20 if mine is found else 1)
+                # without iterations σ is uᵀWv of any vectors, whose terms cancel
+                several = 20 if mine is found or (not iterate and device != "cpu") else 1
+                atol = TOLERANCE[dtype] * max(b.abs().max().item(), 1) * several
                 torch.testing.assert_close(a.double(), b, rtol=0, atol=atol)
         assert all(out.stride() == weight.stride() for out, weight in zip(got, weights, strict=True))
 
@@ -136,16 +138,16 @@ def test_any_scale_has_a_defined_result(scale, device):
 
 
 def test_launches_do_not_depend_on_the_number_of_layers(device, monkeypatch):
-    from triton.runtime import interpreter, jit
+    from sagan_kernels.ops import spectral_norm_launch
 
     launches = collections.Counter()
-    for kind in (jit.JITFunction, interpreter.InterpretedFunction):
+    launch = spectral_norm_launch.launch
 
-        def count(self, *args, run=kind.run, **keywords):
-            launches[self.fn.__name__] += 1
-            return run(self, *args, **keywords)
+    def count(kernel, *args):
+        launches[kernel.fn.__name__] += 1
+        launch(kernel, *args)
 
-        monkeypatch.setattr(kind, "run", count)
+    monkeypatch.setattr(spectral_norm_launch, "launch", count)
     counts = []
     for layers in (1, 9):
         launches.clear()
