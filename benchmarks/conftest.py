@@ -32,9 +32,12 @@ def versus(benchmark):
     """versus(case, rounds=N) checks and times the contenders of a `measuring.Case`.
 
     What counts is in extra_info; pytest-benchmark's own columns show ours alone, from calls of their own.
+    BENCH_COMPILERS=0 leaves out those that compile. BENCH_COMMIT names the commit where there is no git.
     """
 
     def run(case, *, rounds=7):
+        if os.environ.get("BENCH_COMPILERS") == "0":
+            case = measuring.without_compilers(case)
         with measuring.arithmetic(case.dtype):
             found = measuring.measure(case, rounds)
             benchmark.extra_info.update(measuring.summary(case, found))

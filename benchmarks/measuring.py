@@ -426,12 +426,16 @@ def _command() -> str:
     module = sys.modules["__main__"].__spec__
     name = f"python -m {module.name.removesuffix('.__main__')}" if module else Path(sys.argv[0]).name
     asked = [
-        f"{key}={shlex.quote(os.environ[key])}" for key in sorted(os.environ) if key.startswith("BENCH_")
+        f"{key}={shlex.quote(os.environ[key])}"
+        for key in sorted(os.environ)
+        if key.startswith("BENCH_") and key != "BENCH_COMMIT"
     ]
     return " ".join([*asked, name, shlex.join(sys.argv[1:])])
 
 
 def _commit() -> str:
+    if told := os.environ.get("BENCH_COMMIT"):
+        return told
     commit = _output("git", "rev-parse", "--short=12", "HEAD")
     changed = _output("git", "status", "--porcelain", "--untracked-files=no")
     return f"{commit} with changes" if commit and changed else commit
