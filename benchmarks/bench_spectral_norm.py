@@ -84,7 +84,7 @@ class Weights(nn.Module):
 def contenders(build):
     """The same weights, u and v under every form. The group holds torch's own layers."""
     torch.manual_seed(0)
-    layers = build()
+    layers = [layer.to(measuring.device()) for layer in build()]
     forms = {
         "parametrization": parametrizations.spectral_norm,
         "hook": nn.utils.spectral_norm,

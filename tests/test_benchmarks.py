@@ -541,17 +541,22 @@ def test_tune_without_a_gpu_says_so(monkeypatch):
         tune.main()
 
 
-def test_committed_table_is_that_of_the_results():
-    results = [report.load(path) for path in sorted(RESULTS.glob("cpu_*.json"))]
+@pytest.mark.parametrize("device", ["cpu", "h100"])
+def test_committed_table_is_that_of_the_results(device):
+    results = [report.load(path) for path in sorted(RESULTS.glob(f"{device}_*.json"))]
     parts = [part for result in results for part in report.sections(result, report.brief)]
-    assert (RESULTS / "cpu.md").read_text(encoding="utf-8").strip() == "\n\n".join(parts), (
-        "write it again: python -m benchmarks.report benchmarks/results/cpu_*.json --brief > benchmarks/results/cpu.md"
+    assert (RESULTS / f"{device}.md").read_text(encoding="utf-8").strip() == "\n\n".join(parts), (
+        f"write it again: python -m benchmarks.report benchmarks/results/{device}_*.json --brief"
+        f" > benchmarks/results/{device}.md"
     )
 
 
-def test_figures_in_the_readme_are_those_of_the_results():
-    table = (RESULTS / "cpu.md").read_text(encoding="utf-8").splitlines()
-    readme = (RESULTS.parents[1] / "README.md").read_text(encoding="utf-8").splitlines()
-    measured = [line for line in readme if line.startswith("| ") and " ms; " in line and "×" in line]
+@pytest.mark.parametrize("device", ["cpu", "h100"])
+def test_figures_in_the_readme_are_those_of_the_results(device):
+    table = (RESULTS / f"{device}.md").read_text(encoding="utf-8").splitlines()
+    readme = (RESULTS.parents[1] / "README.md").read_text(encoding="utf-8")
+    section = readme.partition({"cpu": "## Speed on a CPU", "h100": "## Speed on a GPU"}[device])[2]
+    lines = section.partition("\n## ")[0].splitlines()
+    measured = [line for line in lines if line.startswith("| ") and " ms; " in line and "×" in line]
     assert len(measured) >= 20
     assert set(measured) <= set(table)
