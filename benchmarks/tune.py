@@ -252,6 +252,13 @@ def tune(
             until, clock,
         )  # fmt: skip
         found[task].refused |= refused
+        if lost := [tile for tile, why in found[task].refused.items() if "illegal memory access" in why]:
+            print(
+                f"tune: stopped at {task.kernel} {task.widths}: an illegal memory access, first of {lost[0]}, after "
+                "which the device refuses all else; give the other kernels and arithmetics a run of their own",
+                file=sys.stderr,
+            )
+            break
     return found
 
 
@@ -278,6 +285,8 @@ def search(
                     found.refused[candidate] = f"error {error:.1e}"
             except Exception as refusal:  # too much shared memory, or a compiler that gives up
                 found.refused[candidate] = measuring.reason(refusal)
+                if "illegal memory access" in found.refused[candidate]:
+                    break
     return found
 
 

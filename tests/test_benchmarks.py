@@ -1,5 +1,6 @@
 """The arithmetic of the benchmarks: what is compared, bounded, fitted and searched, on figures worked out by hand."""
 
+import concurrent.futures
 import dataclasses
 import itertools
 import json
@@ -15,6 +16,7 @@ import torch
 
 from benchmarks import measuring, report, roofline, scaling, tune
 from benchmarks.measuring import Case, Contender
+from sagan_kernels.ops import configs
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 EXPECTED = torch.tensor([1.0, -4.0], dtype=torch.float64)
@@ -226,8 +228,8 @@ def test_a_slow_host_does_not_slow_a_full_queue():
 
 def test_peak_memory_counts_what_a_call_holds_at_once():
     def holds():
-        torch.ones(2**23)  # 32 MiB, freed again
-        torch.ones(2**24)
+        torch.ones(2**23, device=measuring.device())  # 32 MiB, freed again
+        torch.ones(2**24, device=measuring.device())
 
     assert measuring.peak_mib(holds) == pytest.approx(64, abs=8)
 
@@ -261,7 +263,7 @@ def test_bound_is_the_slowest_resource(work, bound):
 
 
 def test_measured_ceilings_are_of_a_computer():
-    ceilings = roofline.measure_ceilings(torch.device("cpu"), ["float32"])
+    ceilings = roofline.measure_ceilings(measuring.device(), ["float32"])
     assert all(
         1e8 < rate < 1e15 for rate in (ceilings.bytes, ceilings.flops["float32"], ceilings.exponentials)
     )
@@ -481,53 +483,101 @@ def test_plots_of_several_files_do_not_overwrite_each_other(tmp_path, monkeypatc
         report.main()
 
 
-KERNELS = ("forward", "over_queries", "row", "column", "double_row", "double_column", "tangent")
+TILES = [configs.Tiling(16, 16), configs.Tiling(32, 16, 8, 1), configs.Tiling(16, 32)]
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+def task(kernel, widths=(16, 16), arithmetic="ieee"):
+    return tune.Task(kernel, arithmetic, widths, (1, 64, 16))
+
+
+@pytest.mark.parametrize("kernel", [*tune.ATTENTION, "projection", "layer"])
 def test_search_takes_the_fastest_right_tiling(kernel):
     pytest.importorskip("triton")
-    problem = tune.problem(kernel, 1, 20, 12, 8, 8, torch.float32, torch.device("cpu"))
-    times = {(16, 16): 3.0, (32, 16): 2.0}
-    tried = []
+    device = measuring.device()
+    problem = tune.problem(task(kernel), device, torch.float32)
+    tried = tune.candidates(task(kernel), "sm_90")[:2]
+    timed = []
 
     def timer(call):
-        tried.append(tune.configs.tiling(kernel, 8, 8, "ieee", "sm_90"))
-        return times[tried[-1].block_l, tried[-1].block_s]
+        call()
+        timed.append(tune.present(task(kernel), "sm_90"))  # what configs gives while it is timed
+        return {tried[0]: 3.0, tried[1]: 2.0}[timed[-1]]
 
-    found = tune.search(kernel, problem, times, timer, until=0, clock=lambda: -1)
-    assert (found.times_ms, found.refused, found.best) == (times, {}, (32, 16))
+    found = tune.search(kernel, problem, tried, timer, until=0, clock=lambda: -1)
+    assert timed == tried
+    assert (found.refused, found.best) == ({}, tried[1])
+    assert tune.present(task(kernel), "sm_90") == tried[0]
 
 
 def test_search_refuses_what_is_wrong_or_fails_and_stops_in_time():
-    answers = {(16, 16): lambda: EXPECTED + 1, (32, 16): lambda: 1 / 0, (16, 32): lambda: EXPECTED}
+    answers = dict(zip(TILES, (lambda: EXPECTED + 1, lambda: 1 / 0, lambda: EXPECTED), strict=True))
 
     def run():
-        tile = tune.configs.tiling("forward", 8, 8, "ieee", "sm_90")
-        return answers[tile.block_l, tile.block_s]()
+        return answers[tune.configs.tiling("forward", 8, 8, "ieee", "sm_90")]()
 
     problem = tune.Problem(run, [EXPECTED], 1e-6)
-    found = tune.search("forward", problem, answers, lambda call: 1.0, until=1, clock=lambda: 0)
-    assert found.best == (16, 32)
-    assert found.refused == {(16, 16): "error 2.5e-01", (32, 16): "ZeroDivisionError: division by zero"}
-    late = tune.search("forward", problem, answers, lambda call: 1.0, until=1, clock=lambda: 2)
+    found = tune.search("forward", problem, TILES, lambda call: 1.0, until=1, clock=lambda: 0)
+    assert found.best == TILES[2]
+    assert found.refused == {TILES[0]: "error 2.5e-01", TILES[1]: "ZeroDivisionError: division by zero"}
+    late = tune.search("forward", problem, TILES, lambda call: 1.0, until=1, clock=lambda: 2)
     assert (late.best, len(late.refused)) == (None, 1)
 
 
+def test_a_lost_device_ends_the_search(capsys):
+    def run():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    problem = tune.Problem(run, [EXPECTED], 1e-6)
+    plan = [(task("forward"), TILES), (task("row"), TILES)]
+    found = tune.tune(plan, lambda task: problem, lambda kernel, call: 1.0, deadline=9, clock=lambda: 0)
+    assert [len(result.refused) for result in found.values()] == [1, 0]
+    assert "stopped at forward (16, 16): an illegal memory access" in capsys.readouterr().err
+
+
+def test_what_did_not_compile_is_not_tried():
+    problem = tune.Problem(lambda: EXPECTED, [EXPECTED], 1e-6)
+    found = tune.tune(
+        [(task("forward"), TILES)], lambda task: problem, lambda kernel, call: 1.0, deadline=9,
+        compiled=lambda task, seconds: {TILES[0]: "late", TILES[1]: "late"}, clock=lambda: 0,
+    )  # fmt: skip
+    # the present tiling is the measure of others, compiled ahead or not
+    assert list(found[task("forward")].times_ms) == [TILES[0], TILES[2]]
+    assert found[task("forward")].refused == {TILES[1]: "late"}
+
+
+def test_workers_that_fail_or_are_late_are_refused():
+    class Future(concurrent.futures.Future):
+        def __init__(self, error=None, done=True):
+            super().__init__()
+            if done:
+                self.set_exception(error) if error else self.set_result(None)
+
+    ahead = tune.Ahead(None, lambda: None)
+    futures = (Future(), Future(ValueError("no room")), Future(done=False))
+    ahead.futures[task("row")] = dict(zip(TILES, futures, strict=True))
+    assert ahead.wait(task("row"), 0.01) == {
+        TILES[1]: "ValueError: no room",
+        TILES[2]: "not compiled in time",
+    }
+
+
 def test_tuned_table_reads_back_and_keeps_what_time_did_not_reach():
-    table = {"forward": ((16, 32, 64, 64), (256, 32, 32, 32)), "lse": ((256, 0, 32, 64),)}
+    table = {"forward": ((32, 32, 64, 64), (256, 32, 32, 32)), "lse": ((256, 0, 32, 64),)}
     elapsed = []  # a timing takes five seconds
     problem = tune.Problem(lambda: EXPECTED, [EXPECTED], 1e-6)
 
-    def timer(call):
+    def timer(kernel, call):
         elapsed.append(5)
         return 1.0
 
-    tuned, kept = tune.tune(
-        table, lambda *widths: problem, timer, deadline=3, blocks=(16,), clock=lambda: sum(elapsed)
-    )
-    assert tuned == {"forward": ((16, 32, 16, 16), (256, 32, 32, 32)), "lse": ((256, 0, 32, 64),)}
-    assert kept == [("forward", 256, 32), ("lse", 256, 0)]
+    plan = [(task("forward", (16, 32)), TILES[1:]), (task("lse", (16, 0)), TILES)]
+    found = tune.tune(plan, lambda task: problem, timer, deadline=3, clock=lambda: sum(elapsed))
+    tuned = tune.merged(table, found)
+    assert tuned == {
+        "forward": ((16, 32, 32, 16, 8, 1), (32, 32, 64, 64), (256, 32, 32, 32)),
+        "lse": ((256, 0, 32, 64),),
+    }
+    assert "not reached, as before" in tune.line(plan[1][0], found[plan[1][0]])
     text = tune.rendered(tuned, "half", "sm_90", "from here")
     scope = {"_Table": dict}
     exec(text, scope)

@@ -168,7 +168,7 @@ def sagan_attention(
         pooled = project_pool(
             _autocast(x), _autocast(weight.flatten(1)), bias if bias is None else _autocast(bias)
         )
-        key, value = pooled[..., :E], pooled[..., E:]
+        key, value = pooled.split([E, Ev], -1)
     elif chosen == "triton":
         key, value = _projected(x, *_stacked(key_weight, value_weight, key_bias, value_bias)).split(
             [E, Ev], -1
