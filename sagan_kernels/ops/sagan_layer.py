@@ -83,7 +83,7 @@ def _fake_project_pool(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[
 def mix(weight: Tensor, maps: Tensor) -> Tensor:
     """A 1×1 convolution as one product: (M, N) times (B, N, L) -> (B, M, L), which lies as `maps` does.
 
-    cuDNN takes up to five times as long for the gradients of such convolutions, and twenty for their second ones.
+    cuDNN's gradients of such convolutions, the second ones above all, can take longer than the attention between them.
     """
     if maps.stride(1) == 1 and maps.stride(2) != 1:
         return (maps.mT @ weight.mT).mT
