@@ -164,15 +164,14 @@ def sagan_attention(
             query_bias, key_bias, value_bias, out_bias, normalize,
         )  # fmt: skip
     if chosen == "triton" and pool:
-        weight, bias = _stacked(key_weight, value_weight, key_bias, value_bias)
+        weight, bias = _stacked((key_weight, key_bias), (value_weight, value_bias))
         pooled = project_pool(
             _autocast(x), _autocast(weight.flatten(1)), bias if bias is None else _autocast(bias)
         )
-        key, value = pooled.split([E, Ev], -1)
+        key, value = _columns(pooled, [E, Ev])
     elif chosen == "triton":
-        key, value = _projected(x, *_stacked(key_weight, value_weight, key_bias, value_bias)).split(
-            [E, Ev], -1
-        )
+        named = ((query_weight, query_bias), (key_weight, key_bias), (value_weight, value_bias))
+        query, key, value = _columns(_projected(x, *_stacked(*named)), [E, E, Ev])
     else:
         key, value = F.conv2d(x, key_weight, key_bias), F.conv2d(x, value_weight, value_bias)
         if pool:
@@ -192,7 +191,7 @@ def sagan_attention(
         query_bias, out_bias = (b if b is None else _autocast(b) for b in (query_bias, out_bias))
         return sagan_forward(x, query_weight, query_bias, key, value, out_weight, out_bias, gamma)
     if chosen == "triton":
-        query = _projected(x, query_weight, query_bias)
+        query = _projected(x, query_weight, query_bias) if pool else query
         o, _ = _attention(query, key, value, normalize, chosen, lies_as_value=True)
         return _residual(x, o.mT, out_weight, out_bias, gamma)
     query = reference.positions(F.conv2d(x, query_weight, query_bias))  # (B, L, E)
@@ -316,18 +315,19 @@ def _choose(impl: Impl | None, tensor: Tensor, E: int) -> Impl:
     return cast(Impl, instead)
 
 
-def _stacked(
-    key_weight: Tensor, value_weight: Tensor, key_bias: Tensor | None, value_bias: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """One weight, and one bias, for keys and values."""
-    weight = torch.cat([key_weight, value_weight])
-    if key_bias is None and value_bias is None:
+def _stacked(*projections: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
+    """One weight, and one bias where any has one, for several projections."""
+    weight = torch.cat([w for w, _ in projections])
+    if all(b is None for _, b in projections):
         return weight, None
-    parts = [
-        w.new_zeros(w.shape[0]) if b is None else b
-        for w, b in ((key_weight, key_bias), (value_weight, value_bias))
-    ]
-    return weight, torch.cat(parts)
+    return weight, torch.cat([w.new_zeros(w.shape[0]) if b is None else b for w, b in projections])
+
+
+def _columns(rows: Tensor, widths: list[int]) -> list[Tensor]:
+    """Parts (B, S, width) of (B, S, K), whose gradients are joined in the layout that `rows` has."""
+    if rows.stride(1) == 1 and rows.stride(2) != 1:
+        return [part.mT for part in rows.mT.split(widths, 1)]
+    return list(rows.split(widths, -1))
 
 
 def _autocast(tensor: Tensor) -> Tensor:
