@@ -81,8 +81,11 @@ def pytest_terminal_summary(terminalreporter, config):
         f"torch {run['torch']}; more threads and load than processors measure the scheduler, not the contenders"
     )
 
+    if any("host_ms" in row for case in measured for row in case["contenders"].values()):
+        terminalreporter.write_line(f"{report.HOST} † marks where the host's is the longer.")
+
     def took(row):
-        host = f", host {row['host_ms']:.2f}" if "host_ms" in row else ""
+        host = f", host {row['host_ms']:.2f}{report.host_mark(row)}" if "host_ms" in row else ""
         return f"{row['median_ms']:.2f} ms{host}"
 
     for case in measured:

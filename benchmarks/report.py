@@ -124,7 +124,8 @@ def provenance(run: Row) -> str:
 def table(cases: list[Row], run: Row) -> str:
     """Every contender of every case, the losing ones too: time, speed over the first, memory, roofline."""
     host = _has_host(cases)
-    lines = [
+    lines = ["† marks where the host's is the longer; images/s are a loop's.", ""] if host else []
+    lines += [
         "| task | shape | B | dtype | layout | contender | median ms | images/s | speed over the first "
         f"{'| host ms ' if host else ''}| error | peak MiB | compile s | of the roofline |",
         f"|---|---|---:|---|---|---|---:|---:|---:|{'---:|' if host else ''}---:|---:|---:|---|",
@@ -137,9 +138,10 @@ def table(cases: list[Row], run: Row) -> str:
                 cells = [f"unavailable: {row['unavailable']}".replace("|", "/"), *[""] * (6 + host)]
             else:
                 reached = fraction(case, row["median_ms"], run.get("ceilings"))
+                loop_ms = max(row["median_ms"], row.get("host_ms", 0))
                 cells = [
                     f"{row['median_ms']:.3g}",
-                    f"{1e3 * case['batch'] / row['median_ms']:.3g}" if case["batch"] else "",
+                    f"{1e3 * case['batch'] / loop_ms:.3g}" if case["batch"] else "",
                     speed(row), *[_host_cell(row)] * host,
                     f"{row['error']:.0e}" if "error" in row else "",
                     f"{row['peak_mib']:.1f}" if "peak_mib" in row else "", row.get("compile_s", ""),
@@ -154,9 +156,14 @@ def _has_host(cases: list[Row]) -> bool:
 
 
 def _host_cell(row: Row) -> str:
-    """The host's time, and in parentheses its speed over the first contender's."""
-    told = f"{row['host_ms']:.3g}" if "host_ms" in row else ""
+    """The host's time, marked where a loop takes it, and in parentheses its speed over the first contender's."""
+    told = f"{row['host_ms']:.3g}{host_mark(row)}" if "host_ms" in row else ""
     return f"{told} ({times(row['speedup_host'])})" if "speedup_host" in row else told
+
+
+def host_mark(row: Row) -> str:
+    """A dagger where the host takes longer to queue a call than the GPU to do it."""
+    return "†" if row.get("host_ms", 0) > row["median_ms"] else ""
 
 
 def times(ratio: float, digits: int = 2) -> str:

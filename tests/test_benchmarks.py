@@ -348,11 +348,14 @@ def test_reports_from_a_gpu_have_the_time_of_the_host(tmp_path):
     result = report.load(results(tmp_path, "a", 2.0, 0.01))
     contenders = result["cases"][0]["contenders"]
     contenders["eager"] |= {"host_ms": 0.3, "speedup_host": 1.0}
-    contenders["ours"] |= {"host_ms": 0.6, "speedup_host": 0.5}
+    contenders["ours"] |= {"host_ms": 2.5, "speedup_host": 0.5}
     *_, full = report.sections(result)
-    _, told, header, _, *rows = [line for line in full.splitlines() if line]
+    _, told, mark, header, _, *rows = [line for line in full.splitlines() if line]
     assert told.startswith("Device time is a GPU's while its queue is full, host time what it takes")
-    assert "| 2.00× (1.99 to 2.01) | 0.6 (**0.50×**) | 1e-07 |" in rows[-1]
+    assert mark.startswith("† marks where the host's is the longer")
+    assert "| eager | 4 | 1e+03 | 1.00× (1.00 to 1.00) | 0.3 (1.00×) | 1e-07 |" in rows[0]
+    # four images in the 2.5 ms of the host, which are more than the GPU's 2
+    assert "| ours | 2 | 1.6e+03 | 2.00× (1.99 to 2.01) | 2.5† (**0.50×**) | 1e-07 |" in rows[-1]
     assert {row.count("|") for row in [header, *rows]} == {header.count("|")}
     *_, short = report.sections(result, report.brief)
     assert short.splitlines()[2] == told
@@ -386,6 +389,7 @@ def test_report_names_the_cases_that_failed(tmp_path):
         "test_two.py",
     ]
     environment = os.environ | {"PYTHONPATH": str(RESULTS.parents[1])}
+    environment.pop("PYTEST_XDIST_WORKER", None)  # in a run over processes nothing is timed, this one does
     ended = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
     )

@@ -56,14 +56,14 @@ def test_distributed_training_is_the_hosts(tmp_path):
                 torch.testing.assert_close(state[key], tensor, **MATCH, msg=key)
 
 
-def test_data_parallel_network_is_swapped_inside():
-    host = studiogan.Discriminator().double()
-    twin = studiogan.Discriminator().double()
+def test_data_parallel_network_is_swapped_inside(device):
+    host = studiogan.Discriminator().double().to(device)  # where `DataParallel` takes its own
+    twin = studiogan.Discriminator().double().to(device)
     twin.load_state_dict(host.state_dict())
     twin = nn.DataParallel(twin)
     report = swap_layers(twin)
     assert report.swapped[0].path == "module.blocks.1.0"
-    inputs = torch.randn(2, 3, 32, 32, dtype=torch.float64), torch.arange(2)
+    inputs = torch.randn(2, 3, 32, 32, dtype=torch.float64, device=device), torch.arange(2, device=device)
     expected = trained(host, inputs)
     for key, tensor in trained(twin, inputs).items():
         torch.testing.assert_close(tensor, expected[key], **MATCH, msg=key)
