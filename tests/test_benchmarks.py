@@ -265,7 +265,7 @@ def test_bound_is_the_slowest_resource(work, bound):
 def test_measured_ceilings_are_of_a_computer():
     ceilings = roofline.measure_ceilings(measuring.device(), ["float32"])
     assert all(
-        1e8 < rate < 1e15 for rate in (ceilings.bytes, ceilings.flops["float32"], ceilings.exponentials)
+        1e4 < rate < 1e16 for rate in (ceilings.bytes, ceilings.flops["float32"], ceilings.exponentials)
     )
 
 
