@@ -92,6 +92,7 @@ def layer(task, name, shape, batch, dtype, layout):
         "attention layer", task, name, contenders,
         lambda: in_float64(task, made, x), dtype, layout, batch,
         roofline.layer_work(task, batch, C, L, S, made.query.out_channels, Ev, x.element_size()), L,
+        pooled=kind is SelfAttention2d,
     )  # fmt: skip
 
 

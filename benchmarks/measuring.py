@@ -29,9 +29,11 @@ from benchmarks.roofline import Work
 BASELINE, OURS = "eager", "ours"
 # float32 sums in another order; TF32 has 10 bits of mantissa, bfloat16 has 7 and its steps add up over a layer
 TOLERANCES = {"float64": 1e-10, "float32": 1e-4, "tf32": 2e-2, "float16": 2e-2, "bfloat16": 6e-2}
-# what the baseline's gradients may have: cuDNN sums those of weights in another order, which on an H100 gave 1.7e-4 in
-# float32, 1.3e-3 in R1 steps; the others must not fail for it
+# what the baseline's gradients may have: on an H100 they had up to 6e-3 in float32, where a max-pool chose otherwise
+# between values that are equal to rounding; others must not fail for it
 BASELINE_GRADIENTS = {"float32": 1e-2, "tf32": 6e-2}
+# and what those of others may have for the same reason, where few do: the mean error is a tenth of the tolerance
+FLIPPED = {"float32": 1e-2, "tf32": 6e-2, "float16": 0.1, "bfloat16": 0.1}
 # how often the baseline's error a forward in few bits may have: Triton truncates to TF32, cuBLAS rounds
 FORWARDS = {"tf32": 6, "float16": 3, "bfloat16": 3}
 STEPS = {"tf32": 2**-10, "float16": 2**-10, "bfloat16": 2**-7}  # between neighbouring numbers at 1
@@ -79,6 +81,7 @@ class Case:
         length: query positions L, for memory against L.
         tolerance: the mean error allowed, where the largest says little: somewhere in a whole network a ReLU or a
             max-pool chooses otherwise.
+        pooled: whether it has a max-pool, so that single gradients may lie elsewhere in few bits.
     """
 
     suite: str
@@ -92,6 +95,7 @@ class Case:
     work: Work | None = None
     length: int | None = None
     tolerance: float | None = None
+    pooled: bool = False
 
 
 @dataclass
@@ -126,9 +130,9 @@ def check(case: Case) -> dict[str, Measured]:
 
     A forward pass in 16 bits may have three times the error that the baseline has there, in TF32 six times, or one step
     of the dtype: the residual of a layer hides a wrong attention from a wider tolerance. A gradient may have twice the
-    baseline's error, or the tolerance. The baseline itself is held to the tolerance, its gradients in
-    float32 and TF32 to a wider one, in 16 bits to none. Contenders with a tolerance of their own, and all where the
-    baseline cannot run, are held to the tolerance.
+    baseline's error, or the tolerance, or more in single elements where a max-pool comes before it. The baseline itself
+    is held to the tolerance, its gradients in float32 and TF32 to a wider one, in 16 bits to none. Contenders with a
+    tolerance of their own, and all where the baseline cannot run, are held to the tolerance.
 
     Raises:
         AssertionError: a result of the baseline or of ours is wrong.
@@ -174,6 +178,10 @@ def check(case: Case) -> dict[str, Measured]:
                     allowed = max(STEPS[case.dtype], FORWARDS[case.dtype] * baseline[i])
             if error <= allowed:
                 continue
+            if case.pooled and case.task != "forward" and error <= FLIPPED.get(case.dtype, 0):
+                mean = relative_errors(results, expected, mean=True)[i]
+                if mean <= TOLERANCES[case.dtype] / 10:
+                    continue
             told = f"must be within {allowed:.0e} of float64, got {error:.1e}"
             if name == first or name.startswith(ours):
                 raise AssertionError(f"{case.suite}, {case.task}, {case.shape}, {case.dtype}: {name} {told}")

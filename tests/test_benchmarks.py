@@ -128,6 +128,26 @@ def test_check_bounds_the_baseline_itself(dtype, task, right, wrong):
         measuring.check(dataclasses.replace(case(eager=off(wrong), ours=off(0)), dtype=dtype, task=task))
 
 
+@pytest.mark.parametrize(
+    ("pooled", "elements", "error", "passes"),
+    [(True, 1, 5e-3, True), (False, 1, 5e-3, False), (True, 1, 2e-2, False), (True, 10, 5e-3, False)],
+    ids=["one", "no max-pool", "too large", "too many"],
+)
+def test_a_max_pool_may_move_single_gradients(pooled, elements, error, passes):
+    exact = torch.ones(1000, dtype=torch.float64)
+    found = exact.clone()
+    found[:elements] += error
+    same = case(eager=lambda: exact, ours=lambda: found)
+    same = dataclasses.replace(
+        same, task="forward + backward", dtype="float32", pooled=pooled, expected=lambda: exact
+    )
+    if passes:
+        assert measuring.check(same)["ours"].error == pytest.approx(error)
+    else:
+        with pytest.raises(AssertionError, match="ours must be within"):
+            measuring.check(same)
+
+
 @pytest.mark.parametrize("text", ["", "eight", "1 -2", "0", "1.5"])
 def test_numbers_of_a_variable_must_be_positive_and_whole(monkeypatch, text):
     monkeypatch.setenv("BENCH_BATCHES", text)
