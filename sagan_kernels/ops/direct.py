@@ -17,11 +17,12 @@ _PLAIN = (Tensor, Parameter, type(None), int, str)
 def run(operator: Callable[..., Any], body: Callable[..., Any], *args: Any) -> Any:
     """body(*args), through the operator that it implements where something may want to see or replace it.
 
-    Those are the compiler, tensors of other classes, such as fake ones, and dispatch modes. No derivative is recorded
-    either way.
+    Those are the compiler, a trace, tensors of other classes, such as fake ones, and dispatch modes. No derivative is
+    recorded either way.
     """
     if (
         torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
         or torch._C._len_torch_dispatch_stack()
         or any(type(arg) not in _PLAIN for arg in args)
     ):
