@@ -22,7 +22,7 @@ def run(operator: Callable[..., Any], body: Callable[..., Any], *args: Any) -> A
     """
     if (
         torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
+        or torch._C._get_tracing_state() is not None
         or torch._C._len_torch_dispatch_stack()
         or any(type(arg) not in _PLAIN for arg in args)
     ):
