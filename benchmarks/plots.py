@@ -12,7 +12,8 @@ from sagan_kernels.files import write_atomically
 
 COLOURS = {
     "grouped": "#c23b22", "layers": "#e58a77", "hook": "#1f77b4", "compiled": "#9467bd",
-    BASELINE: "#555555", OURS: "#c23b22", "ours, bf16": "#e58a77", "ours, training form": "#8c564b",
+    BASELINE: "#555555", "parametrization": "#555555",
+    OURS: "#c23b22", "ours, bf16": "#e58a77", "ours, training form": "#8c564b",
     "SDPA flash": "#1f77b4", "SDPA efficient": "#5aa5d8", "SDPA cuDNN": "#17becf", "SDPA math": "#aec7e8",
     "FlexAttention": "#2ca02c", "torch.compile": "#9467bd",
 }  # fmt: skip
@@ -34,7 +35,7 @@ def write_all(results: list[dict[str, Any]], folder: Path) -> Iterator[Path]:
     for result in results:
         for told, cases in _figures(result["cases"]):
             name = re.sub(r"\W+", "_", " ".join([result["name"], *told]))
-            title = f"{', '.join(told)} on {result['run']['device']}, {result['run']['threads']} threads"
+            title = f"{', '.join(told)} on {_where(result['run'])}"
             yield _save(speedups(cases, title), folder / f"{name}_speedup.png")
             if any(case["work"] for case in cases):
                 yield _save(roofline(cases, result["run"], title), folder / f"{name}_roofline.png")
@@ -114,7 +115,11 @@ def memory(curves: list[Row], run: Row) -> Any:
 
 def scaling(curves: list[Row], run: Row) -> Any:
     """Time against each axis, with fitted exponents."""
-    return _curves(curves, "ms", "ms", f"Time on {run['device']}, {run['threads']} threads")
+    return _curves(curves, "ms", "ms", f"Time on {_where(run)}")
+
+
+def _where(run: Row) -> str:
+    return f"{run['device']}, {run['threads']} thread{'s' * (run['threads'] != 1)}"
 
 
 def _curves(curves: list[Row], key: str, unit: str, title: str) -> Any:
@@ -226,7 +231,14 @@ def _legend(figure: Any, contenders: list[str], note: str) -> None:
 
 def _save(figure: Any, path: Path) -> Path:
     from matplotlib import pyplot
+    from PIL import Image
 
-    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110))
+    def write(temporary: Path) -> None:
+        figure.savefig(temporary, dpi=110)
+        with Image.open(temporary) as image:  # few colours are a third of the size
+            palette = image.convert("RGB").quantize(64)
+        palette.save(temporary, format="PNG", optimize=True)
+
+    write_atomically(path, write)
     pyplot.close(figure)
     return path

@@ -652,6 +652,21 @@ def test_committed_table_is_that_of_the_results(device):
     )
 
 
+@pytest.mark.parametrize(
+    "path",
+    [p for p in sorted(RESULTS.glob("*.json")) if not p.stem.startswith("tuned")],
+    ids=lambda p: p.stem,
+)
+def test_committed_results_are_read_by_the_report(path):
+    result = report.load(path)
+    assert result["name"].partition("_")[0] in ("cpu", "h100"), "a device of its own needs a table of its own"
+    assert "with changes" not in result["run"]["commit"]
+    text = "\n".join(report.sections(result))
+    rows = sum(len(case["contenders"]) for case in result["cases"]) + len(result["curves"])
+    titles = text.count("\n### ")
+    assert sum(line.startswith("| ") for line in text.splitlines()) == rows + titles
+
+
 @pytest.mark.parametrize("device", ["cpu", "h100"])
 def test_figures_in_the_readme_are_those_of_the_results(device):
     table = (RESULTS / f"{device}.md").read_text(encoding="utf-8").splitlines()
