@@ -676,3 +676,20 @@ def test_figures_in_the_readme_are_those_of_the_results(device):
     measured = [line for line in lines if line.startswith("| ") and " ms; " in line and "×" in line]
     assert len(measured) >= 20
     assert set(measured) <= set(table)
+
+
+def test_figures_in_the_swapping_guides_are_those_of_the_results():
+    result = report.load(RESULTS / "cpu_swap.json")
+    rows: dict[tuple[str, str], list[str]] = {}
+    for case in result["cases"]:
+        project, _, what = report.label(case).partition(" ")
+        host, compiled, ours = (
+            case["contenders"][name] for name in ("host", "torch.compile", measuring.OURS)
+        )
+        told = f"{host['median_ms']:.3g} ms; {ours['speedup']:.2f}×; {compiled['speedup']:.2f}×"
+        rows.setdefault((project.lower().replace("-", "_"), what), []).append(told)
+    assert len(rows) == 19
+    for (page, what), cells in rows.items():
+        text = (RESULTS.parents[1] / "docs" / "swapping" / f"{page}.md").read_text(encoding="utf-8")
+        assert f"| {what} | {' | '.join(cells)} |" in text
+        assert f"{result['run']['date']};" in text
