@@ -76,7 +76,7 @@ def case(task, suite, name, make, batch, inputs):
             nn.init.constant_(parameter, 0.5)  # gamma
     for module in host.modules():
         if isinstance(module, nn.BatchNorm2d) and module.affine:
-            with torch.no_grad():  # the ReLU after it is far from 0 nearly everywhere
+            with torch.no_grad():  # a ReLU after it is far from 0 nearly everywhere
                 module.bias.copy_(3.0 - 6.0 * (torch.arange(len(module.bias)) % 2))
     with torch.no_grad():
         for _ in range(10):  # spectral norm finds its vectors

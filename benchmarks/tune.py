@@ -113,21 +113,23 @@ def main() -> None:
             ("ieee", [k for k in KERNELS[-1:] if k in arguments.kernels]),
         ]
     ]
+    everything = [tasks for tasks in everything if tasks]
     run, told = measuring.environment(), []
     with ahead(arguments.jobs) as compiler:
         compiler.submit([(task, candidates(task, arch)) for tasks in everything for task in tasks])
         compiler.started(min(120, 0.3 * (deadline - time.monotonic())))
-        for i, tasks in enumerate(tasks for tasks in everything if tasks):
+        for i, tasks in enumerate(everything):
             arithmetic, left = tasks[0].arithmetic, sum(map(len, everything[i + 1 :]))
             now = time.monotonic()
             until = now + (deadline - now) * len(tasks) / (len(tasks) + left)
-            found = tune(
-                [(task, candidates(task, arch)) for task in tasks],
-                lambda task: problem(task, device),
-                median_ms,
-                until,
-                compiler.wait,
-            )
+            with measuring.arithmetic(DTYPES[arithmetic]):
+                found = tune(
+                    [(task, candidates(task, arch)) for task in tasks],
+                    lambda task: problem(task, device),
+                    median_ms,
+                    until,
+                    compiler.wait,
+                )
             if any(task.kernel in ATTENTION for task in tasks):
                 table = merged(configs._TABLES[arithmetic, arch], found)
                 print(rendered(table, arithmetic, arch, origin(run, size)))

@@ -608,6 +608,33 @@ def test_tuned_table_reads_back_and_keeps_what_time_did_not_reach():
     assert scope["_HALF_90"] == tuned
 
 
+def test_tune_times_each_arithmetic_in_its_own_precision(monkeypatch, capsys):
+    precisions, deadlines = [], []
+
+    def search(plan, make, timer, deadline, compiled):
+        precisions.append(torch.backends.cuda.matmul.fp32_precision)
+        deadlines.append(deadline)
+        return {}
+
+    before = torch.backends.cuda.matmul.fp32_precision
+    run = {"device": "a GPU", "torch": "2", "date": "today", "command": "tune"}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(measuring, "environment", lambda: run)
+    monkeypatch.setattr(configs, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(tune, "tune", search)
+    monkeypatch.setattr(time, "monotonic", lambda: 0.0)
+    words = "tune --jobs 0 --minutes 1 --kernels forward --arithmetic tf32 tf32x3"
+    monkeypatch.setattr("sys.argv", words.split())
+    tune.main()
+    assert precisions == ["tf32", "ieee"]
+    assert torch.backends.cuda.matmul.fp32_precision == before
+    assert deadlines[-1] == 60
+    assert "_TF32_90" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", ["tune", "--jobs", "0", "--minutes", "1", "--kernels", "spectral_norm"])
+    tune.main()
+    assert deadlines[-1] == 60  # all of it, where nothing else is to be done
+
+
 def test_tune_without_a_gpu_says_so(monkeypatch):
     monkeypatch.setattr("sys.argv", ["tune"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
