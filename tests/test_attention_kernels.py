@@ -276,3 +276,16 @@ def test_only_small_grids_are_split():
     assert configs.column_splits("column", 64, 4096, 1024, 16, 64, "half", "sm_90") == 1
     assert configs.column_splits("column", 1, 4096, 1024, 16, 64, "half", "sm_90") > 4
     assert configs.column_splits("column", 1, 100, 25, 16, 64, "half", "sm_90") == 1
+
+
+@pytest.mark.parametrize("shape", [(0, 20, 10, 4, 6), (2, 0, 10, 4, 6)])
+def test_operators_take_empty_inputs(shape, device):
+    B, L, S, E, Ev = shape
+    rows, maps = [torch.zeros(B, n, w, device=device) for n, w in [(L, E), (S, E), (S, Ev)]], (B, L, Ev)
+    ops = torch.ops.sagan_kernels
+    out, lse = ops.attention_forward(*rows, "triton")
+    grads = ops.attention_backward(*rows, out, lse, torch.zeros(maps, device=device), "triton")
+    second = ops.attention_double_backward(*rows, out, lse, out, grads[0], *rows, "triton")
+    for t, like in zip((*grads, *second), (*rows, *rows, out), strict=True):
+        assert t.shape == like.shape
+        assert not t.any()

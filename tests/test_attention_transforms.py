@@ -5,7 +5,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from sagan_kernels import reference
-from sagan_kernels.nn import SelfAttention2d
+from sagan_kernels.nn import PaperSelfAttention2d, SelfAttention2d
 from sagan_kernels.ops import attention
 
 IMPLS = ["triton", "torch"]
@@ -61,6 +61,53 @@ def test_func_grad_jvp_and_vmap_agree_with_the_formula(impl, normalize):
             }
             | ({"reverse over forward": torch.func.grad(along)(q, k, v)} if normalize == "keys" else {})
         )
+    assert_same(*results)
+
+
+@pytest.mark.parametrize("normalize", ["keys", "queries"])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_tensors_that_outlive_their_transform_are_read(impl, normalize):
+    # the backward pass of vjp runs after the transform has ended, on what it saved within
+    inputs, grad = qkv(), torch.randn(2, 7, 4, dtype=DTYPE, device=DEVICE)
+    results = []
+    for f in (by(impl, normalize=normalize), by("reference", normalize=normalize)):
+        leaked = []
+        torch.func.grad(lambda t, into=leaked: into.append(2 * t) or t.sum())(inputs[0])
+        pulled = torch.func.vjp(f, *inputs)[1]
+        with torch.no_grad():
+            results.append((pulled(grad), f(*leaked, *inputs[1:])))
+    assert_same(*results)
+
+
+@pytest.mark.parametrize("normalize", ["keys", "queries"])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_gradients_may_be_batched(impl, normalize):
+    inputs = [t.requires_grad_() for t in qkv()]
+    results = []
+    for f in (by(impl, normalize=normalize), by("reference", normalize=normalize)):
+        out = f(*inputs)
+        torch.manual_seed(1)
+        grads = torch.randn(3, *out.shape, dtype=DTYPE, device=DEVICE)
+        first = torch.autograd.grad(out, inputs, grads, is_grads_batched=True, create_graph=True)
+        directions = [torch.randn(2, *g.shape, dtype=DTYPE, device=DEVICE) for g in first]
+        results.append((first, torch.autograd.grad(first, inputs, directions, is_grads_batched=True)))
+    assert_same(*results)
+
+
+@pytest.mark.parametrize("pool", [True, False])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_layer_gives_vjps_and_batched_gradients(impl, pool, monkeypatch):
+    module = (SelfAttention2d if pool else PaperSelfAttention2d)(16).to(DEVICE, DTYPE)
+    torch.nn.init.constant_(module.gamma, 0.7)
+    x = torch.randn(2, 16, 6, 5, dtype=DTYPE, device=DEVICE, requires_grad=True)
+    grads = torch.randn(3, *x.shape, dtype=DTYPE, device=DEVICE)
+    results = []
+    for word in (impl, "reference"):
+        monkeypatch.setenv("SAGAN_KERNELS_IMPL", word)
+        batched = torch.autograd.grad(module(x), [x, *module.parameters()], grads, is_grads_batched=True)
+        parameters = {n: p.detach() for n, p in module.named_parameters()}
+        call = lambda p, x: torch.func.functional_call(module, p, (x,))  # noqa: E731
+        results.append((batched, torch.func.vjp(call, parameters, x.detach())[1](grads[0])))
     assert_same(*results)
 
 

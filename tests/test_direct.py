@@ -35,6 +35,22 @@ def test_other_tensors_and_modes_take_the_operator():
         assert taken(torch.zeros(1)) == "operator"
 
 
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, within the interpreter
+def test_tensors_whose_memory_is_not_what_they_stand_for(impl):
+    q, k, v = (torch.randn(1, n, w) for n, w in [(7, 4), (5, 4), (5, 3)])
+    if torch.cuda.is_available():
+        q, k, v = q.cuda(), k.cuda(), v.cuda()
+    negated = torch.complex(q, -q).conj().imag  # a view of -q with a bit that says so
+    assert negated.is_neg()
+    zeros = torch._efficientzerotensor(v.shape, device=v.device)  # as derivatives are made of
+    assert taken(negated) == taken(zeros) == "operator"
+    found, expected = (attention(negated, k, v, impl=i) for i in (impl, "reference"))
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(expected, attention(q, k, v, impl="reference"))
+    assert not attention(q, k, zeros, impl=impl).any()
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of tracing, in newer versions
 def test_a_trace_records_the_operator():
     class Model(torch.nn.Module):

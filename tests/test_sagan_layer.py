@@ -101,6 +101,45 @@ def test_a_bias_alone_gets_its_gradient():
         given[name].requires_grad_(False)
 
 
+@pytest.mark.parametrize("pool", [True, False])
+def test_biases_may_be_strided(pool):
+    given, x = weights(24, 3, 12, True), random(2, 24, 4, 4)
+    for name in ("query_bias", "key_bias", "value_bias", "out_bias"):
+        given[name] = torch.stack([given[name], torch.full_like(given[name], 9.0)], 1)[:, 0]
+    assert_same(call("triton", x, given, pool=pool), call("reference", x, given, pool=pool))
+    weight, bias = given["value_weight"].flatten(1), given["value_bias"]
+    assert_same(project_pool(x, weight, bias), project_pool(x, weight, bias.clone()))
+
+
+def test_fused_unpooled_layer_projects_the_query_once(monkeypatch):
+    from sagan_kernels.ops import attention
+
+    widths = []
+    projected = attention.__globals__["_projected"]
+    monkeypatch.setitem(
+        attention.__globals__, "_projected", lambda m, w, b: widths.append(len(w)) or projected(m, w, b)
+    )
+    given, x = weights(24, 3, 12, True), random(2, 24, 5, 4)
+    assert_same(call("triton", x, given, pool=False), call("reference", x, given, pool=False))
+    assert widths == [15]  # key and value
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_float16_keeps_a_small_gamma(impl):
+    # gamma · weight would be subnormal, of few bits
+    given = weights(32, 4, 8, False, dtype=torch.float16) | {"gamma": torch.tensor([1e-4]).half().to(DEVICE)}
+    given["out_weight"] = given["out_weight"] / 16
+    x = random(2, 32, 6, 6, dtype=torch.float16)
+    leaves = [t.requires_grad_() for t in (x, *given.values())]
+    found = torch.autograd.grad(10 * call(impl, x, given).float().square().sum(), leaves)
+    exact = [t.detach().double().requires_grad_() for t in leaves]
+    expected = torch.autograd.grad(
+        10 * call("reference", exact[0], dict(zip(given, exact[1:], strict=True))).square().sum(), exact
+    )
+    for a, b in zip(found, expected, strict=True):
+        assert (a.double() - b).norm() <= 4e-3 * b.norm()
+
+
 def test_wide_offsets_change_nothing(monkeypatch):
     from sagan_kernels.ops import sagan_layer
 
@@ -143,9 +182,11 @@ def test_fused_layer_runs_only_where_no_derivative_can_be_taken(monkeypatch):
     assert_same(tangent, expected)
 
 
-@pytest.mark.parametrize("size", [(2, 2), (7, 5), (33, 4)])
-def test_pooled_projection_matches_conv_and_max_pool(size):
-    x = random(2, 5, *size, requires_grad=True)
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("size", [(2, 2), (7, 5), (33, 4)])  # at 2×2 a weight has more elements than the maps
+def test_pooled_projection_matches_conv_and_max_pool(size, channels_last):
+    x = random(2, 5, *size)
+    x = (x.contiguous(memory_format=torch.channels_last) if channels_last else x).requires_grad_()
     w = random(70, 5, requires_grad=True)
     b = random(70, requires_grad=True)
     found, expected = project_pool(x, w, b), F.max_pool2d(F.conv2d(x, w[..., None, None], b), 2)

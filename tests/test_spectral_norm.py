@@ -233,6 +233,23 @@ def test_transforms_of_torch_func_pass_through():
     torch.testing.assert_close(torch.func.vmap(step)(batch)[1], step(weight))
 
 
+@pytest.mark.parametrize("impl", ["triton", "torch", "reference"])
+@pytest.mark.parametrize("name", ["transposed", "channels_last"])
+def test_gradients_may_be_batched(name, impl, monkeypatch):
+    monkeypatch.setenv("SAGAN_KERNELS_IMPL", impl)
+    layer = spectral_norm(LAYERS[name]().double())
+    raw = layer.parametrizations.weight.original
+    weight = layer.weight
+    grads = torch.randn(3, *weight.shape, dtype=torch.float64)
+    found = torch.autograd.grad(weight, raw, grads, is_grads_batched=True, create_graph=True)[0]
+    once = torch.autograd.grad(weight, raw, grads, is_grads_batched=True, retain_graph=True)[0]
+    each = torch.stack([torch.autograd.grad(weight, raw, g, create_graph=True)[0] for g in grads])
+    torch.testing.assert_close(found, each)
+    torch.testing.assert_close(once, each)
+    second = (torch.autograd.grad(g.square().sum(), raw, retain_graph=True)[0] for g in (found, each))
+    torch.testing.assert_close(*second)
+
+
 def test_two_forwards_and_one_backward_have_each_their_own_vectors():
     theirs, ours = pair(lambda: nn.Linear(5, 4))
     a, b = torch.randn(3, 5).double(), torch.randn(3, 5).double()

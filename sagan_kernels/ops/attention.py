@@ -157,73 +157,94 @@ def sagan_attention(
         and pool
         and x.shape[0] > 1
         and C >= 32
+        and dtype != torch.float16  # whose products with a small gamma vanish
         and not torch.is_autocast_enabled("cpu")
     ):
         return _layer_by_matrices(
             x, query_weight, key_weight, value_weight, out_weight, gamma,
             query_bias, key_bias, value_bias, out_bias, normalize,
         )  # fmt: skip
-    if chosen == "triton" and pool:
-        weight, bias = _stacked((key_weight, key_bias), (value_weight, value_bias))
-        pooled = project_pool(
-            _autocast(x), _autocast(weight.flatten(1)), bias if bias is None else _autocast(bias)
-        )
-        key, value = _columns(pooled, [E, Ev])
-    elif chosen == "triton":
-        named = ((query_weight, query_bias), (key_weight, key_bias), (value_weight, value_bias))
-        query, key, value = _columns(_projected(x, *_stacked(*named)), [E, E, Ev])
-    else:
-        key, value = F.conv2d(x, key_weight, key_bias), F.conv2d(x, value_weight, value_bias)
-        if pool:
-            key, value = F.max_pool2d(key, 2), F.max_pool2d(value, 2)
-        key, value = reference.positions(key), reference.positions(value)
-    if (
-        chosen == "triton"
-        and out_weight is not None
-        and normalize == "keys"
-        and key.dtype == x.dtype  # under autocast x itself may be wider, and so may the sum with it
-        and x.numel()
-        and x.stride(2) == x.shape[3] * x.stride(3)
-        and configs.layer_tiling(C, E, Ev, configs.arithmetic(x), configs.architecture(x.device)) is not None
-        and not differentiated(x, query_weight, key, value, out_weight, gamma, query_bias, out_bias)
-    ):
-        query_weight, out_weight = _autocast(query_weight.flatten(1)), _autocast(out_weight.flatten(1))
-        query_bias, out_bias = (b if b is None else _autocast(b) for b in (query_bias, out_bias))
-        return sagan_forward(x, query_weight, query_bias, key, value, out_weight, out_bias, gamma)
     if chosen == "triton":
-        query = _projected(x, query_weight, query_bias) if pool else query
-        o, _ = _attention(query, key, value, normalize, chosen, lies_as_value=True)
-        return _residual(x, o.mT, out_weight, out_bias, gamma)
+        return _layer_by_kernels(
+            x, query_weight, key_weight, value_weight, out_weight, gamma,
+            query_bias, key_bias, value_bias, out_bias, pool, normalize,
+        )  # fmt: skip
+    key, value = F.conv2d(x, key_weight, key_bias), F.conv2d(x, value_weight, value_bias)
+    if pool:
+        key, value = F.max_pool2d(key, 2), F.max_pool2d(value, 2)
+    key, value = reference.positions(key), reference.positions(value)
     query = reference.positions(F.conv2d(x, query_weight, query_bias))  # (B, L, E)
     o, _ = _attention(query, key, value, normalize, chosen, lies_as_value=True)
     o = o.mT.reshape(x.shape[0], Ev, *x.shape[2:])
     return torch.addcmul(x, gamma, o if out_weight is None else F.conv2d(o, out_weight, out_bias))
 
 
-def _projected(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A 1×1 convolution of x, positions first: (B, C, H, W) -> (B, L, K)."""
-    maps = mix(_autocast(weight.flatten(1)), _autocast(x).flatten(2)).mT
-    return maps if bias is None else maps + _autocast(bias)
+def _layer_by_kernels(
+    x: Tensor, query_weight: Tensor, key_weight: Tensor, value_weight: Tensor, out_weight: Tensor | None,
+    gamma: Tensor, query_bias: Tensor | None, key_bias: Tensor | None, value_bias: Tensor | None,
+    out_bias: Tensor | None, pool: bool, normalize: Positions,
+) -> Tensor:  # fmt: skip
+    """The layer on a GPU: its second half in one kernel where no derivative is asked for and the widths allow it."""
+    C, E, Ev = x.shape[1], query_weight.shape[0], value_weight.shape[0]
+    maps = _autocast(x)
+    fused = (
+        out_weight is not None
+        and normalize == "keys"
+        and maps.dtype == x.dtype  # under autocast x itself may be wider, and so may the sum with it
+        and x.numel()
+        and x.stride(2) == x.shape[3] * x.stride(3)
+        and configs.layer_tiling(C, E, Ev, configs.arithmetic(x), configs.architecture(x.device)) is not None
+        and not differentiated(
+            x, query_weight, key_weight, value_weight, out_weight, gamma,
+            query_bias, key_bias, value_bias, out_bias,
+        )
+    )  # fmt: skip
+    projections, widths = [(key_weight, key_bias), (value_weight, value_bias)], [E, Ev]
+    if not (pool or fused):
+        projections, widths = [(query_weight, query_bias), *projections], [E, *widths]
+    weight, bias = _stacked(*projections)
+    rows = (
+        project_pool(maps, _autocast(weight.flatten(1)), None if bias is None else _autocast(bias))
+        if pool
+        else _projected(maps, weight, bias)
+    )
+    *queries, key, value = _columns(rows, widths)
+    if fused:
+        assert out_weight is not None
+        query_weight, out_weight = _autocast(query_weight.flatten(1)), _autocast(out_weight.flatten(1))
+        query_bias, out_bias = (b if b is None else _autocast(b) for b in (query_bias, out_bias))
+        return sagan_forward(x, query_weight, query_bias, key, value, out_weight, out_bias, gamma)
+    query = queries[0] if queries else _projected(maps, query_weight, query_bias)
+    o, _ = _attention(query, key, value, normalize, "triton", lies_as_value=True)
+    return _residual(x, o.mT, out_weight, out_bias, gamma)
+
+
+def _projected(maps: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A 1×1 convolution, positions first: (B, C, H, W) -> (B, L, K)."""
+    rows = mix(_autocast(weight.flatten(1)), maps.flatten(2)).mT
+    return rows if bias is None else rows + _autocast(bias)
 
 
 def _residual(
     x: Tensor, o: Tensor, out_weight: Tensor | None, out_bias: Tensor | None, gamma: Tensor
 ) -> Tensor:
-    """X + gamma · (out_weight o + out_bias) for o (B, Ev, L); the product adds x itself where dtypes are equal."""
+    """X + gamma · (out_weight o + out_bias) for o (B, Ev, L)."""
     if out_weight is None:
         return torch.addcmul(x, gamma, o.unflatten(2, x.shape[2:]))
     weight = out_weight.flatten(1)
-    if torch.is_autocast_enabled(
-        x.device.type
-    ):  # x may be wider than the products, and so may the sum with it
-        y = torch.addcmul(x, gamma, mix(_autocast(weight), o).unflatten(2, x.shape[2:]))
+    # under autocast x may be wider than the products, and so may the sum with it; in float16 gamma · weight vanishes
+    # for a small gamma
+    if x.dtype == torch.float16 or torch.is_autocast_enabled(x.device.type):
+        y = mix(_autocast(weight), o)
+        y = y if out_bias is None else y + _autocast(out_bias)[:, None]
+        return torch.addcmul(x, gamma, y.unflatten(2, x.shape[2:]))
+    # the product adds x itself
+    maps, weight = x.flatten(2), (gamma * weight).expand(x.shape[0], -1, -1)
+    if maps.stride(1) == 1 and maps.stride(2) != 1:
+        y = torch.baddbmm(maps.mT, o.mT, weight.mT).mT
     else:
-        maps, weight = x.flatten(2), (gamma * weight).expand(x.shape[0], -1, -1)
-        if maps.stride(1) == 1 and maps.stride(2) != 1:
-            y = torch.baddbmm(maps.mT, o.mT, weight.mT).mT
-        else:
-            y = torch.baddbmm(maps, weight, o)
-        y = y.unflatten(2, x.shape[2:])
+        y = torch.baddbmm(maps, weight, o)
+    y = y.unflatten(2, x.shape[2:])
     return y if out_bias is None else y + (gamma * out_bias)[:, None, None]
 
 

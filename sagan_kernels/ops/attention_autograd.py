@@ -67,6 +67,8 @@ def _double_backward(*args: Any) -> Any:
 
 
 class _Forward(DirectFunction):
+    operator = "attention_forward"
+
     @staticmethod
     def forward(query: Tensor, key: Tensor, value: Tensor, impl: str) -> tuple[Tensor, Tensor]:
         return _call("attention_forward", query, key, value, impl)
@@ -93,6 +95,8 @@ class _Forward(DirectFunction):
 
 
 class _Backward(DirectFunction):
+    operator = "attention_backward"
+
     @staticmethod
     def forward(
         query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, grad: Tensor, impl: str
@@ -131,6 +135,8 @@ class _Backward(DirectFunction):
 
 class _DoubleBackward(DirectFunction):
     # a Function that raises: @once_differentiable stays silent where the incoming gradient needs none itself
+    operator = "attention_double_backward"
+
     @staticmethod
     def forward(
         query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, grad: Tensor, grad_query: Tensor,
@@ -155,6 +161,8 @@ class _DoubleBackward(DirectFunction):
 
 
 class _Tangent(DirectFunction):
+    operator = "attention_tangent"
+
     @staticmethod
     def forward(
         query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, a: Tensor, b: Tensor, c: Tensor,
@@ -182,6 +190,8 @@ class _Tangent(DirectFunction):
 
 
 class _OverQueries(DirectFunction):
+    operator = "attention_over_queries"
+
     @staticmethod
     def forward(query: Tensor, key: Tensor, value: Tensor, impl: str) -> Tensor:
         return _call("attention_over_queries", query, key, value, impl)

@@ -247,7 +247,7 @@ def column_splits(
     A part has four tiles of queries or more, since results are summed over parts.
     """
     tile = tiling(kernel, E, Ev, arithmetic, arch)
-    programs = B * -(-S // tile.block_s)
+    programs = max(1, B * -(-S // tile.block_s))
     return 1 if programs >= _PROGRAMS // 2 else max(1, min(_PROGRAMS // programs, L // (4 * tile.block_l)))
 
 

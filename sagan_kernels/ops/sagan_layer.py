@@ -46,6 +46,7 @@ def sagan_forward(
 def _launch_project_pool(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     from sagan_kernels.kernels.sagan_layer import project_pool_kernel
 
+    bias = None if bias is None else bias.contiguous()  # the kernel takes no stride for it
     pooled, argmax = _fake_project_pool(x, weight, bias)
     arithmetic = configs.arithmetic(x)
     kind = (arithmetic, x.shape, x.stride(), weight.shape, weight.stride())
@@ -94,7 +95,11 @@ def _correlate(left: Tensor, right: Tensor) -> Tensor:
     """Σ left rightᵀ over images and positions: (B, M, L) and (B, N, L) -> (M, N), the gradient of a `mix`."""
     if left.stride(1) == 1 and right.stride(1) == 1:
         return left.mT.flatten(0, 1).mT @ right.mT.flatten(0, 1)
-    return torch.bmm(left, right.mT).sum(0)
+    (_, M, L), N = left.shape, right.shape[1]
+    if M * N <= (M + N) * L:
+        return torch.bmm(left, right.mT).sum(0)
+    # many channels on few positions: copies are smaller than a product an image
+    return left.transpose(0, 1).flatten(1) @ right.transpose(0, 1).flatten(1).mT
 
 
 def _grad_project_pool(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
@@ -171,6 +176,8 @@ def _save_project_pool(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 
 class _ProjectPool(DirectFunction):
+    operator = "project_pool"
+
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         return run(_ops.project_pool, _launch_project_pool, x, weight, bias)
@@ -214,6 +221,8 @@ class _ProjectPool(DirectFunction):
 
 
 class _Unpool(DirectFunction):
+    operator = "unpool"
+
     @staticmethod
     def forward(pooled: Tensor, argmax: Tensor, height: int, width: int) -> Tensor:
         return run(_ops.unpool, _launch_unpool, pooled, argmax, height, width)
@@ -237,6 +246,8 @@ class _Unpool(DirectFunction):
 
 
 class _Take(DirectFunction):
+    operator = "take_pooled"
+
     @staticmethod
     def forward(full: Tensor, argmax: Tensor, height: int, width: int) -> Tensor:
         return run(_ops.take_pooled, _launch_take, full, argmax, height, width)
@@ -286,6 +297,8 @@ def _launch_sagan_forward(
     from sagan_kernels.kernels.sagan_layer import sagan_forward_kernel
 
     y = torch.empty_like(x)
+    # the kernel takes no strides for them
+    query_bias, out_bias = (bias if bias is None else bias.contiguous() for bias in (query_bias, out_bias))
     arithmetic = configs.arithmetic(x)
     matrices = (query_weight, key, value, out_weight)
     kind = (arithmetic, x.shape, x.stride(), *[(matrix.shape, matrix.stride()) for matrix in matrices])

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from sagan_kernels.ops.direct import is_plain
 from sagan_kernels.ops.dispatch import Impl, choose
 from sagan_kernels.ops.spectral_norm_layout import (
     Item,
@@ -248,7 +249,7 @@ class _Normalized(torch.autograd.Function):
             _dense(grad) if needed and grad is not None else None
             for grad, needed in zip(grads, ctx.needs_input_grad[2:], strict=True)
         ]
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() and all(grad is None or is_plain(grad) for grad in wanted):
             return None, None, *ctx.state.gradients(wanted, weights, outs)
         state = ctx.state
         vs = [to_stored_order(v, lies) for v, lies in zip(state.vs, state.layouts, strict=True)]
@@ -279,7 +280,8 @@ def _gradient_formula(grad: Tensor, weight: Tensor, u: Tensor, v: Tensor, rule: 
     """The backward in differentiable operators."""
     with _without_autocast(weight):
         matrix = _in_sums(as_matrix(weight, rule.dim))
-        grad_matrix = as_matrix(grad, rule.dim).to(matrix.dtype)
+        # reshape and not flatten, for which is_grads_batched has no rule
+        grad_matrix = grad.movedim(rule.dim, 0).reshape(matrix.shape).to(matrix.dtype)
         u, v = u.to(matrix.dtype), v.to(matrix.dtype)
         sigma = torch.dot(u, torch.mv(matrix, v))
         divides = (sigma >= 1) if rule.cap else (sigma != 0)
