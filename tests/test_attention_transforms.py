@@ -294,3 +294,16 @@ def test_autocast_casts_as_a_convolution_does():
     )  # fmt: skip
     with torch.autocast(DEVICE, torch.float16):
         assert attention(q, k, v, impl="triton").dtype == torch.float16
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_second_order_runs_no_backward_for_nothing(impl, monkeypatch):
+    from sagan_kernels.ops import attention_autograd
+
+    names = []
+    call = attention_autograd._call
+    monkeypatch.setattr(attention_autograd, "_call", lambda name, *a: names.append(name) or call(name, *a))
+    inputs = [t.requires_grad_() for t in qkv()]
+    slopes = torch.autograd.grad(by(impl)(*inputs).sum(), inputs, create_graph=True)
+    torch.autograd.grad(sum(s.square().sum() for s in slopes), inputs)
+    assert names == ["attention_forward", "attention_backward", "attention_double_backward"]

@@ -87,7 +87,7 @@ class _Forward(DirectFunction):
     def jvp(ctx: Any, a: Tensor | None, b: Tensor | None, c: Tensor | None, _: None) -> tuple[Tensor, None]:
         query, key, value, out, lse = ctx.saved_tensors
         directions = _zeros_for_none((a, b, c), (query, key, value))
-        return _Tangent.apply(query, key, value, out, lse, *directions, ctx.impl), None
+        return _Tangent.apply(query, key, value, out.detach(), lse, *directions, ctx.impl), None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:

@@ -116,7 +116,9 @@ def save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def grad_forward(backward: Callable[..., Any], ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of `attention_forward`'s inputs."""
-    return (*backward(*ctx.saved_tensors, grad, ctx.impl), None)
+    *inputs, out, lse = ctx.saved_tensors
+    # with its graph, out would have the second order come here once more, to find the gradients of nothing
+    return (*backward(*inputs, out.detach(), lse, grad, ctx.impl), None)
 
 
 def grad_backward(
