@@ -51,14 +51,20 @@ def of_layer(task: str, layer: torch.nn.Module, x: Tensor) -> dict[str, Contende
 def passes(
     task: str, forward: Callable[[], Tensor], wanted: list[Tensor], penalized: list[Tensor], grad: Tensor
 ) -> Any:
-    """The output; the gradients of all of `wanted`; or those of the mean squared slope for `penalized`."""
+    """The output; the gradients of all of `wanted`; or those of the squared slope for `penalized`.
+
+    The gradient that comes from above counts among the inputs of a slope: in a discriminator it depends on the layers
+    that follow.
+    """
     if task == "forward":
         with torch.no_grad():
             return forward()
     if task == "forward + backward":
         return torch.autograd.grad(forward(), wanted, grad)
-    slopes = torch.autograd.grad((forward() * grad).sum(), penalized, create_graph=True)
-    return torch.autograd.grad(sum(s.square().sum() for s in slopes), wanted, materialize_grads=True)
+    grad = grad.detach().requires_grad_()
+    slopes = torch.autograd.grad(forward(), penalized, grad, create_graph=True)
+    squared = sum(s.square().sum() for s in slopes)
+    return torch.autograd.grad(squared, [*wanted, grad], materialize_grads=True)
 
 
 def gradient_like(tensor: Tensor) -> Tensor:

@@ -48,10 +48,10 @@ class SelfAttention2d(nn.Module):
         self.gamma = nn.Parameter(torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
-        query, key, value, out = (_weight(conv) for conv in (self.query, self.key, self.value, self.out))
+        query, key, value, out = self.query, self.key, self.value, self.out  # a submodule is slow to look up
         return sagan_attention(
-            x, query, key, value, out, self.gamma, query_bias=self.query.bias, key_bias=self.key.bias,
-            value_bias=self.value.bias, out_bias=self.out.bias,
+            x, _weight(query), _weight(key), _weight(value), _weight(out), self.gamma,
+            query_bias=query.bias, key_bias=key.bias, value_bias=value.bias, out_bias=out.bias,
         )  # fmt: skip
 
     @torch.no_grad()
@@ -98,10 +98,10 @@ class PaperSelfAttention2d(nn.Module):
         self.gamma = nn.Parameter(torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
-        query, key, value = (_weight(conv) for conv in (self.query, self.key, self.value))
+        query, key, value = self.query, self.key, self.value
         return sagan_attention(
-            x, query, key, value, None, self.gamma,
-            query_bias=self.query.bias, key_bias=self.key.bias, value_bias=self.value.bias, pool=False,
+            x, _weight(query), _weight(key), _weight(value), None, self.gamma,
+            query_bias=query.bias, key_bias=key.bias, value_bias=value.bias, pool=False,
         )  # fmt: skip
 
     @torch.no_grad()
@@ -122,9 +122,10 @@ def _weight(conv: nn.Conv2d) -> Tensor:
 
     The older half of torch.nn.utils (spectral_norm, weight_norm, prune) computes weights in hooks before a call.
     """
-    for hook in conv._forward_pre_hooks.values():
-        if type(hook).__module__.startswith("torch.nn.utils"):
-            hook(conv, ())
+    if conv._forward_pre_hooks:
+        for hook in conv._forward_pre_hooks.values():
+            if type(hook).__module__.startswith("torch.nn.utils"):
+                hook(conv, ())
     return conv.weight
 
 

@@ -238,8 +238,9 @@ def tile_shape(B: int, L: int, S: int, budget: int = TILE_SCORES) -> tuple[int, 
 def is_one_tile(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether a forward pass is one tile in 32 or 64 bits: `whole` takes as little as a quarter of the loop's time."""
     (B, L, _), S = query.shape, key.shape[1]
-    plain = query.dtype == key.dtype == value.dtype and query.dtype.itemsize >= 4
-    return plain and tile_shape(B, L, S) == (B, L)
+    if B * L * S > TILE_SCORES and tile_shape(B, L, S) != (B, L):
+        return False
+    return query.dtype == key.dtype == value.dtype and query.dtype.itemsize >= 4
 
 
 def stores_map(B: int, L: int, S: int) -> bool:
