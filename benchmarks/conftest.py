@@ -13,8 +13,9 @@ torch.backends.cudnn.benchmark = True
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _pinned_threads():
-    """BENCH_THREADS threads, or all, each kept to as many processors."""
+def _settled():
+    """A heap as BENCH_HEAP says, and BENCH_THREADS threads, or all, each kept to as many processors."""
+    measuring.settle_heap()
     before = torch.get_num_threads()
     threads = measuring.numbers("BENCH_THREADS", str(before))[0]
     torch.set_num_threads(threads)

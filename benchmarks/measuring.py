@@ -353,6 +353,37 @@ def reason(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:160]
 
 
+HEAPS = ("settled", "kept")
+
+
+def settle_heap() -> None:
+    """Fix what glibc keeps of freed memory, so that no figure depends on what ran before, as BENCH_HEAP asks.
+
+    "settled", the default, is where glibc's own adjustment ends in any process that has freed a block of 32 MB: blocks
+    from there on are mapped anew at each allocation, and 64 MB and more at the end of the heap go back to the system.
+    "kept" gives nothing back, as some allocators do: no contender pays for fresh pages.
+
+    Raises:
+        ValueError: BENCH_HEAP asks for something else.
+    """
+    trim_threshold, mmap_threshold, mmap_max = -1, -3, -4  # of mallopt(3)
+    options = {
+        "settled": ((mmap_threshold, 32 << 20), (trim_threshold, 64 << 20)),
+        "kept": ((mmap_max, 0), (trim_threshold, 2**31 - 1)),
+    }
+    if (heap := _heap()) in options:
+        libc = ctypes.CDLL(None)
+        for option, value in options[heap]:
+            libc.mallopt(option, value)
+
+
+def _heap() -> str:
+    asked = os.environ.get("BENCH_HEAP", HEAPS[0])
+    if asked not in HEAPS:
+        raise ValueError(f"BENCH_HEAP: must be of {', '.join(HEAPS)}, got {asked!r}")
+    return asked if platform.libc_ver()[0] == "glibc" else "the system's"
+
+
 def environment() -> dict[str, Any]:
     """What a figure was measured on, and how to measure it again."""
     found = {
@@ -361,6 +392,7 @@ def environment() -> dict[str, Any]:
         "platform": f"{platform.system()} {platform.machine()}",
         "threads": numbers("BENCH_THREADS", str(torch.get_num_threads()))[0],
         "processors": os.cpu_count(),
+        "heap": _heap(),
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -59,6 +59,7 @@ def main() -> None:
         if min(given if isinstance(given, list) else [given]) < least:
             parser.error(f"--{name} must be {least} or more, got {given}")
     try:
+        measuring.settle_heap()
         torch.set_num_threads(measuring.numbers("BENCH_THREADS", str(torch.get_num_threads()))[0])
     except ValueError as error:
         parser.error(str(error))

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -231,6 +232,30 @@ def test_the_gpu_spins_while_the_host_queues(monkeypatch):
     measuring.device_ms(lambda: None, 1e3)
     assert told[:6] == ["flush", "spin", "event", "call", "event", "wait"]
     assert spun == [int(3.3 * 1.8e6), 90_000_000]  # 3.3 and 50 ms
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="speaks to glibc")
+@pytest.mark.parametrize(("heap", "held"), [("settled", 0), ("kept", 48)])
+def test_heap_keeps_or_returns_large_blocks(heap, held):
+    code = (
+        "import re, torch; from benchmarks import measuring; measuring.settle_heap()\n"
+        "held = lambda: int(re.search(r'VmRSS:\\s+(\\d+)', open('/proc/self/status').read())[1])\n"
+        "before = held(); x = torch.ones(48 << 20, dtype=torch.uint8); del x; print(held() - before)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"BENCH_HEAP": heap},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert int(run.stdout) / 1024 == pytest.approx(held, abs=4)
+
+
+def test_unknown_heap_is_told_in_one_line(monkeypatch):
+    monkeypatch.setenv("BENCH_HEAP", "jemalloc")
+    with pytest.raises(ValueError, match="BENCH_HEAP: must be of settled, kept, got 'jemalloc'"):
+        measuring.settle_heap()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
