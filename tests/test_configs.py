@@ -56,3 +56,13 @@ def test_a_layer_whose_values_do_not_fit_is_not_fused():
     assert configs.layer_tiling(256, 32, 128, "half", "sm_90") is not None
     assert configs.layer_tiling(512, 64, 256, "half", "sm_90") is None
     assert configs.layer_tiling(256, 32, 128, "tf32x3", "sm_90") is None
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_compiler_looks_into_no_cache(on_a_gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    device = torch.device("cuda", 0)
+    chosen = torch.compile(
+        lambda x: x if configs.architecture(device) == "sm_90" else -x, fullgraph=True, backend="eager"
+    )
+    assert chosen(torch.ones(1)) == 1

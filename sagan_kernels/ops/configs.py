@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sagan_kernels.ops.dispatch import interpreted
+from sagan_kernels.ops.dispatch import capability, interpreted
 
 Kernel = Literal["forward", "lse", "over_queries", "row", "column", "double_row", "double_column", "tangent"]
 Arch = Literal["sm_80", "sm_90", "sm_100", "gfx942"]
@@ -282,14 +282,9 @@ def architecture(device: torch.device) -> Arch:
     """The table to use on `device`; without a GPU, where kernels are interpreted, any will do."""
     if device.type != "cuda" or interpreted():
         return "sm_90"
-    return _architecture(torch.cuda.current_device() if device.index is None else device.index)
-
-
-@functools.cache
-def _architecture(index: int) -> Arch:
     if torch.version.hip:
         return "gfx942"
-    major = torch.cuda.get_device_capability(index)[0]
+    major = capability(torch.cuda.current_device() if device.index is None else device.index)[0]
     return "sm_80" if major == 8 else "sm_90" if major == 9 else "sm_100"
 
 

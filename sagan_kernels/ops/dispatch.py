@@ -61,9 +61,16 @@ def interpreted() -> bool:
 
 
 def _gpu_reasons(tensor: Tensor) -> list[str]:
-    if not torch.version.hip and (found := _capability(tensor.get_device())) < (8, 0):
+    if not torch.version.hip and (found := capability(tensor.get_device())) < (8, 0):
         return [f"the kernels need compute capability 8.0, and {tensor.device} has {found[0]}.{found[1]}"]
     return _dtype_reasons(tensor, (torch.float16, torch.bfloat16, torch.float32))
+
+
+def capability(index: int) -> tuple[int, int]:
+    """The compute capability of a GPU, asked for once: PyTorch takes microseconds to tell."""
+    if torch.compiler.is_compiling():  # which looks into a cached function, and warns that it does
+        return torch.cuda.get_device_capability(index)
+    return _capability(index)
 
 
 @functools.cache
