@@ -103,9 +103,14 @@ def sdpa(backend: SDPBackend, query: Tensor, key: Tensor, value: Tensor) -> Tens
     if backend != SDPBackend.MATH:
         width = -(-max(query.shape[2], value.shape[2]) // 8) * 8
         tensors = [F.pad(t, (0, width - t.shape[2])).contiguous() for t in tensors]
-    with sdpa_kernel(backend), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # why it was refused is in the error as well
-        out = F.scaled_dot_product_attention(*(t.unsqueeze(1) for t in tensors), scale=1.0)
+    with sdpa_kernel(backend), warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        try:
+            out = F.scaled_dot_product_attention(*(t.unsqueeze(1) for t in tensors), scale=1.0)
+        except RuntimeError as error:  # it tells in warnings why each back end was refused
+            said = [str(w.message).partition(" (Triggered")[0] for w in told]
+            reasons = [why for why in said if not why.endswith(("because:", "runtime disabled."))]
+            raise RuntimeError(" ".join([str(error), *reasons])) from None
     return out.squeeze(1)[..., : value.shape[2]]
 
 

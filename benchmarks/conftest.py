@@ -83,7 +83,7 @@ def pytest_terminal_summary(terminalreporter, config):
     )
 
     if any("host_ms" in row for case in measured for row in case["contenders"].values()):
-        terminalreporter.write_line(f"{report.HOST} † marks where the host's is the longer.")
+        terminalreporter.write_line(report.HOST)
 
     def took(row):
         host = f", host {row['host_ms']:.2f}{report.host_mark(row)}" if "host_ms" in row else ""

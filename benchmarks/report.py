@@ -19,7 +19,7 @@ from sagan_kernels.files import write_atomically
 Row = dict[str, Any]
 HOST = (
     "Device time is a GPU's while its queue is full, host time what it takes to queue a call: "
-    "the longer of both is what a loop takes."
+    "the longer of both is what a loop takes, and † marks where it is the host's."
 )
 
 
@@ -124,7 +124,7 @@ def provenance(run: Row) -> str:
 def table(cases: list[Row], run: Row) -> str:
     """Every contender of every case, the losing ones too: time, speed over the first, memory, roofline."""
     host = _has_host(cases)
-    lines = ["† marks where the host's is the longer; images/s are a loop's.", ""] if host else []
+    lines = ["images/s are a loop's.", ""] if host else []
     lines += [
         "| task | shape | B | dtype | layout | contender | median ms | images/s | speed over the first "
         f"{'| host ms ' if host else ''}| error | peak MiB | compile s | of the roofline |",
@@ -198,7 +198,7 @@ def _brief_cell(contenders: dict[str, Row]) -> str:
         ratio = contenders[name]["speedup"]
         told.append(f"{name} {times(ratio) if name in ours else f'{ratio:.2f}×'}")
         if name in ours and "speedup_host" in contenders[name]:
-            told[-1] += f" (host {times(contenders[name]['speedup_host'], 1)})"
+            told[-1] += f"{host_mark(contenders[name])} (host {times(contenders[name]['speedup_host'], 1)})"
     return "; ".join(told)
 
 

@@ -10,12 +10,13 @@ import platform
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import measuring, report, roofline, scaling, tune
+from benchmarks import attention_contenders, measuring, report, roofline, scaling, tune
 from benchmarks.measuring import Case, Contender
 from sagan_kernels.ops import configs
 
@@ -397,14 +398,14 @@ def test_reports_from_a_gpu_have_the_time_of_the_host(tmp_path):
     *_, full = report.sections(result)
     _, told, mark, header, _, *rows = [line for line in full.splitlines() if line]
     assert told.startswith("Device time is a GPU's while its queue is full, host time what it takes")
-    assert mark.startswith("† marks where the host's is the longer")
+    assert mark == "images/s are a loop's."
     assert "| eager | 4 | 1e+03 | 1.00× (1.00 to 1.00) | 0.3 (1.00×) | 1e-07 |" in rows[0]
     # four images in the 2.5 ms of the host, which are more than the GPU's 2
     assert "| ours | 2 | 1.6e+03 | 2.00× (1.99 to 2.01) | 2.5† (**0.50×**) | 1e-07 |" in rows[-1]
     assert {row.count("|") for row in [header, *rows]} == {header.count("|")}
     *_, short = report.sections(result, report.brief)
     assert short.splitlines()[2] == told
-    assert short.splitlines()[-1] == "| tiny, B 4 | eager 4 ms; ours 2.00× (host **0.5×**) |"
+    assert short.splitlines()[-1] == "| tiny, B 4 | eager 4 ms; ours 2.00×† (host **0.5×**) |"
 
 
 @pytest.mark.parametrize(("new", "verdict"), [(2.2, "within noise"), (2.6, "faster"), (1.4, "slower")])
@@ -658,6 +659,23 @@ def test_tune_times_each_arithmetic_in_its_own_precision(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["tune", "--jobs", "0", "--minutes", "1", "--kernels", "spectral_norm"])
     tune.main()
     assert deadlines[-1] == 60  # all of it, where nothing else is to be done
+
+
+def test_sdpa_says_why_a_back_end_was_refused(monkeypatch):
+    def refuse(*_, **keywords):
+        warnings.warn(
+            "Flash attention kernel not used because: (Triggered internally at x.h:1.)", stacklevel=1
+        )
+        warnings.warn("Flash takes 16 bits, got float32. (Triggered internally at x.h:2.)", stacklevel=1)
+        warnings.warn("CuDNN attention has been runtime disabled. (Triggered internally)", stacklevel=1)
+        raise RuntimeError("No available kernel. Aborting execution.")
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", refuse)
+    backend = torch.nn.attention.SDPBackend.FLASH_ATTENTION
+    with pytest.raises(
+        RuntimeError, match=r"^No available kernel\. Aborting execution\. Flash takes 16 bits, got float32\.$"
+    ):
+        attention_contenders.sdpa(backend, *torch.zeros(3, 1, 4, 8))
 
 
 def test_tune_without_a_gpu_says_so(monkeypatch):
