@@ -584,6 +584,41 @@ def test_a_lost_device_ends_the_search(capsys):
     assert "stopped at forward (16, 16): an illegal memory access" in capsys.readouterr().err
 
 
+def test_a_winner_that_is_wrong_elsewhere_is_refused():
+    problem = tune.Problem(lambda: EXPECTED, [EXPECTED], 1e-6)
+    times = iter([3.0, 1.0, 2.0])
+    asked = []
+
+    def elsewhere(task, tile):
+        asked.append(tile)
+        return "error 1" if tile == TILES[1] else ""
+
+    found = tune.tune(
+        [(task("forward"), TILES)], lambda task: problem, lambda kernel, call: next(times), deadline=9,
+        clock=lambda: 0, elsewhere=elsewhere,
+    )[task("forward")]  # fmt: skip
+    assert asked == [TILES[1], TILES[2]]
+    assert (found.best, found.refused) == (TILES[2], {TILES[1]: "error 1"})
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, within the interpreter
+@pytest.mark.parametrize("kernel", ["forward", "column", "double_row", "projection", "layer"])
+def test_tilings_are_tried_at_lengths_that_none_divides(kernel, monkeypatch):
+    pytest.importorskip("triton")
+    device = measuring.device()
+    asked = task(kernel, (32, 32)) if kernel in ("projection", "layer") else task(kernel)
+    tile = tune.present(asked, "sm_90")
+    size = (2, 49, 9)
+    assert tune.wrong_elsewhere(asked, tile, device, torch.float32, size) == ""
+    search = tune.search
+    monkeypatch.setattr(
+        tune,
+        "search",
+        lambda k, problem, *rest: search(k, tune.Problem(problem.run, problem.expected, 0.0), *rest),
+    )
+    assert "at (2, 49, 9): error" in tune.wrong_elsewhere(asked, tile, device, torch.float32, size)
+
+
 def test_what_did_not_compile_is_not_tried():
     problem = tune.Problem(lambda: EXPECTED, [EXPECTED], 1e-6)
     found = tune.tune(
@@ -637,7 +672,7 @@ def test_tuned_table_reads_back_and_keeps_what_time_did_not_reach():
 def test_tune_times_each_arithmetic_in_its_own_precision(monkeypatch, capsys):
     precisions, deadlines = [], []
 
-    def search(plan, make, timer, deadline, compiled):
+    def search(plan, make, timer, deadline, compiled, elsewhere):
         precisions.append(torch.backends.cuda.matmul.fp32_precision)
         deadlines.append(deadline)
         return {}
