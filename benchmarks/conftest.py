@@ -14,18 +14,10 @@ torch.backends.cudnn.benchmark = True
 
 @pytest.fixture(scope="session", autouse=True)
 def _settled():
-    """A heap as BENCH_HEAP says, and BENCH_THREADS threads, or all, each kept to as many processors."""
+    """A heap as BENCH_HEAP says, and pinned threads."""
     measuring.settle_heap()
-    before = torch.get_num_threads()
-    threads = measuring.numbers("BENCH_THREADS", str(before))[0]
-    torch.set_num_threads(threads)
-    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_setaffinity") else set()
-    if len(allowed) > threads:
-        os.sched_setaffinity(0, sorted(allowed)[-threads:])
-    yield
-    torch.set_num_threads(before)
-    if allowed:
-        os.sched_setaffinity(0, allowed)
+    with measuring.pinned_threads():
+        yield
 
 
 @pytest.fixture
@@ -65,7 +57,8 @@ def pytest_benchmark_update_machine_info(config, machine_info):
 
 def pytest_benchmark_update_json(config, benchmarks, output_json):
     dtypes = sorted({b.extra_info["dtype"] for b in benchmarks if "contenders" in b.extra_info})
-    ceilings = roofline.measure_ceilings(measuring.device(), dtypes)
+    with measuring.pinned_threads():  # the session's have ended
+        ceilings = roofline.measure_ceilings(measuring.device(), dtypes)
     output_json["failed"] = _failed
     output_json["run"] = measuring.environment() | {"ceilings": dataclasses.asdict(ceilings)}
 

@@ -353,6 +353,23 @@ def reason(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:160]
 
 
+@contextmanager
+def pinned_threads() -> Iterator[None]:
+    """A context with BENCH_THREADS threads, or all, each kept to as many processors."""
+    before = torch.get_num_threads()
+    threads = numbers("BENCH_THREADS", str(before))[0]
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_setaffinity") else set()
+    torch.set_num_threads(threads)
+    if len(allowed) > threads:
+        os.sched_setaffinity(0, sorted(allowed)[-threads:])
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        if allowed:
+            os.sched_setaffinity(0, allowed)
+
+
 HEAPS = ("settled", "kept")
 
 

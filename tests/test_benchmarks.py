@@ -253,6 +253,22 @@ def test_heap_keeps_or_returns_large_blocks(heap, held):
     assert int(run.stdout) / 1024 == pytest.approx(held, abs=4)
 
 
+def test_ceilings_are_those_of_the_threads_that_were_timed(monkeypatch):
+    from benchmarks import conftest
+
+    seen = []
+    ceilings = roofline.Ceilings(1.0, {}, 1.0)
+    monkeypatch.setattr(
+        roofline, "measure_ceilings", lambda *_: seen.append(torch.get_num_threads()) or ceilings
+    )
+    monkeypatch.setenv("BENCH_THREADS", "3")
+    before = torch.get_num_threads()
+    stored = {}
+    conftest.pytest_benchmark_update_json(None, [], stored)
+    assert seen == [3]
+    assert (torch.get_num_threads(), stored["run"]["threads"]) == (before, 3)
+
+
 def test_unknown_heap_is_told_in_one_line(monkeypatch):
     monkeypatch.setenv("BENCH_HEAP", "jemalloc")
     with pytest.raises(ValueError, match="BENCH_HEAP: must be of settled, kept, got 'jemalloc'"):
