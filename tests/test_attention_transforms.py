@@ -94,12 +94,24 @@ def test_gradients_may_be_batched(impl, normalize):
     assert_same(*results)
 
 
-@pytest.mark.parametrize("pool", [True, False])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (SelfAttention2d, (2, 16, 6, 5)),
+        (PaperSelfAttention2d, (2, 16, 6, 5)),
+        (SelfAttention2d, (2, 64, 3, 4)),
+    ],
+)  # in the last a weight has more elements than the maps
 @pytest.mark.parametrize("impl", IMPLS)
-def test_layer_gives_vjps_and_batched_gradients(impl, pool, monkeypatch):
-    module = (SelfAttention2d if pool else PaperSelfAttention2d)(16).to(DEVICE, DTYPE)
+def test_layer_gives_vjps_and_batched_gradients(impl, layer, shape, memory_format, monkeypatch):
+    module = layer(shape[1]).to(DEVICE, DTYPE)
     torch.nn.init.constant_(module.gamma, 0.7)
-    x = torch.randn(2, 16, 6, 5, dtype=DTYPE, device=DEVICE, requires_grad=True)
+    x = (
+        torch.randn(shape, dtype=DTYPE, device=DEVICE)
+        .contiguous(memory_format=memory_format)
+        .requires_grad_()
+    )
     grads = torch.randn(3, *x.shape, dtype=DTYPE, device=DEVICE)
     results = []
     for word in (impl, "reference"):
@@ -296,14 +308,55 @@ def test_autocast_casts_as_a_convolution_does():
         assert attention(q, k, v, impl="triton").dtype == torch.float16
 
 
+@pytest.mark.parametrize(
+    ("normalize", "passes"),
+    [
+        ("keys", ["attention_forward", "attention_backward", "attention_double_backward"]),
+        # a backward pass over queries is itself a forward and a backward of keys over queries
+        (
+            "queries",
+            [
+                "attention_over_queries",
+                "attention_forward",
+                "attention_backward",
+                "attention_double_backward",
+            ],
+        ),
+    ],
+)
 @pytest.mark.parametrize("impl", IMPLS)
-def test_second_order_runs_no_backward_for_nothing(impl, monkeypatch):
+def test_second_order_runs_no_backward_for_nothing(impl, normalize, passes, monkeypatch):
     from sagan_kernels.ops import attention_autograd
 
     names = []
     call = attention_autograd._call
     monkeypatch.setattr(attention_autograd, "_call", lambda name, *a: names.append(name) or call(name, *a))
     inputs = [t.requires_grad_() for t in qkv()]
-    slopes = torch.autograd.grad(by(impl)(*inputs).sum(), inputs, create_graph=True)
-    torch.autograd.grad(sum(s.square().sum() for s in slopes), inputs)
-    assert names == ["attention_forward", "attention_backward", "attention_double_backward"]
+    (slope,) = torch.autograd.grad(
+        by(impl, normalize=normalize)(*inputs).sum(), inputs[:1], create_graph=True
+    )
+    torch.autograd.grad(slope.square().sum(), inputs)
+    assert names == passes
+
+
+@pytest.mark.filterwarnings(
+    "ignore"
+)  # tracing is deprecated, and warns of sizes that are part of what was traced
+@pytest.mark.parametrize("layer", [SelfAttention2d, PaperSelfAttention2d])
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_traces_by_the_older_compiler(impl, grad, layer, monkeypatch):
+    monkeypatch.setenv("SAGAN_KERNELS_IMPL", impl)
+    module = layer(16).to(DEVICE, DTYPE)
+    torch.nn.init.constant_(module.gamma, 0.7)
+    x = torch.randn(2, 16, 6, 5, device=DEVICE, dtype=DTYPE)
+    with torch.set_grad_enabled(grad):
+        traced = torch.jit.trace(module, x, check_trace=False)
+        assert_same(traced(2 * x), module(2 * x))
+
+
+def test_shapes_are_found_without_data():
+    module = SelfAttention2d(16).to("meta")
+    x = torch.empty(2, 16, 64, 64, device="meta", requires_grad=True)
+    (slope,) = torch.autograd.grad(module(x).sum(), x)
+    assert slope.shape == x.shape

@@ -49,7 +49,7 @@ def attention(
     _check(query, key, value)
     if normalize not in ("keys", "queries"):
         raise ValueError(f"attention: normalize must be 'keys' or 'queries', got {normalize!r}")
-    if torch.is_autocast_enabled(query.device.type):
+    if _autocasts(query.device.type):
         query, key, value = _autocast(query), _autocast(key), _autocast(value)
     if not query.dtype == key.dtype == value.dtype:
         dtypes = {query.dtype, key.dtype, value.dtype}
@@ -235,7 +235,7 @@ def _residual(
     weight = out_weight.flatten(1)
     # under autocast x may be wider than the products, and so may the sum with it; in float16 gamma · weight vanishes
     # for a small gamma
-    if x.dtype == torch.float16 or torch.is_autocast_enabled(x.device.type):
+    if x.dtype == torch.float16 or _autocasts(x.device.type):
         y = mix(_autocast(weight), o)
         y = y if out_bias is None else y + _autocast(out_bias)[:, None]
         return torch.addcmul(x, gamma, y.unflatten(2, x.shape[2:]))
@@ -323,7 +323,7 @@ def _stores_map(B: int, L: int, S: int) -> bool:
 
 def _choose(impl: Impl | None, tensor: Tensor, E: int) -> Impl:
     """The implementation for keys of width E and the dtype that autocast gives `tensor`."""
-    chosen = choose(impl, _autocast(tensor[:0]) if torch.is_autocast_enabled(tensor.device.type) else tensor)
+    chosen = choose(impl, _autocast(tensor[:0]) if _autocasts(tensor.device.type) else tensor)
     reason = None
     if chosen == "triton" and E > 256:
         reason, instead = f"the kernels hold keys of width 256 at most, got E {E}", "torch"
@@ -352,10 +352,15 @@ def _columns(rows: Tensor, widths: list[int]) -> list[Tensor]:
     return list(rows.split(widths, -1))
 
 
+def _autocasts(device: str) -> bool:
+    """Whether autocast is on for a kind of device; PyTorch refuses the question for tensors without data."""
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
 def _autocast(tensor: Tensor) -> Tensor:
     """The tensor in autocast's dtype where it is on, as a convolution would take it."""
     device = tensor.device.type
-    if not torch.is_autocast_enabled(device) or tensor.dtype == torch.float64:
+    if not _autocasts(device) or tensor.dtype == torch.float64:
         return tensor
     return tensor.to(torch.get_autocast_dtype(device))
 
@@ -417,7 +422,7 @@ def _check_weight(x: Tensor, name: str, tensor: Tensor, shape: tuple[int, ...]) 
         )
     if tensor.device != x.device:
         raise ValueError(f"sagan_attention: {name} must be on {x.device} as x is, got {tensor.device}")
-    if tensor.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+    if tensor.dtype != x.dtype and not _autocasts(x.device.type):
         raise ValueError(f"sagan_attention: {name} must be {x.dtype} as x is, got {tensor.dtype}")
 
 

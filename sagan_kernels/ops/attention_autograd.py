@@ -78,9 +78,12 @@ class _Forward(DirectFunction):
         save_forward(ctx, inputs, output)
         ctx.save_for_forward(*inputs[:3], *output)
         ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+        if grad is None:  # within `grad_over_queries`, of a value that nothing further on depends on
+            return None, None, None, None
         return grad_forward(_Backward.apply if differentiated_again() else _backward, ctx, grad)
 
     @staticmethod

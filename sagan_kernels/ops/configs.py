@@ -221,7 +221,7 @@ _TABLES: dict[tuple[Arithmetic, Arch], _Table] = {
 
 def width_block(width: int) -> int:
     """The power of two that holds `width`; `tl.dot` needs 16 lanes, and SAGAN's E = C/8 is 8 at C = 64."""
-    return max(16, 1 << (width - 1).bit_length())
+    return max(16, 1 << (int(width) - 1).bit_length())  # torch.jit.trace gives sizes as tensors
 
 
 @functools.lru_cache(maxsize=1024)

@@ -93,13 +93,14 @@ def mix(weight: Tensor, maps: Tensor) -> Tensor:
 
 def _correlate(left: Tensor, right: Tensor) -> Tensor:
     """Σ left rightᵀ over images and positions: (B, M, L) and (B, N, L) -> (M, N), the gradient of a `mix`."""
+    (B, M, L), N = left.shape, right.shape[1]
+    # reshape and not flatten, for which is_grads_batched has no rule
     if left.stride(1) == 1 and right.stride(1) == 1:
-        return left.mT.flatten(0, 1).mT @ right.mT.flatten(0, 1)
-    (_, M, L), N = left.shape, right.shape[1]
+        return left.mT.reshape(B * L, M).mT @ right.mT.reshape(B * L, N)
     if M * N <= (M + N) * L:
         return torch.bmm(left, right.mT).sum(0)
     # many channels on few positions: copies are smaller than a product an image
-    return left.transpose(0, 1).flatten(1) @ right.transpose(0, 1).flatten(1).mT
+    return left.transpose(0, 1).reshape(M, B * L) @ right.transpose(0, 1).reshape(N, B * L).mT
 
 
 def _grad_project_pool(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
