@@ -158,18 +158,27 @@ def test_no_single_allocation_is_of_the_size_of_the_map(name):
 
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("learns", [False, True])
-@pytest.mark.parametrize("lies_as_value", [False, True])
-def test_whole_map_is_the_formula_and_lies_as_asked(lies_as_value, learns, grad):
+@pytest.mark.parametrize("layout", ["rows", "NCHW", "NHWC"])
+def test_whole_map_is_the_formula_and_lies_as_asked(layout, learns, grad):
     torch.manual_seed(0)
-    query, key, value = (
-        torch.randn(3, width, rows).double().mT.requires_grad_(learns)
+    query, key, value = leaves = [
+        torch.randn(3, width, rows).double().requires_grad_(learns)
         for rows, width in ((35, 5), (12, 5), (12, 7))
-    )
+    ]
+    if layout == "NHWC":
+        query, key, value = (t.mT.contiguous().mT for t in leaves)
     with torch.set_grad_enabled(grad):
-        out = attention_tiles.whole(query, key, value, lies_as_value=lies_as_value)
-    torch.testing.assert_close(out, reference.attention(query, key, value), rtol=0, atol=1e-14)
-    assert (out.mT if lies_as_value else out).is_contiguous()
+        if layout == "rows":
+            out = attention_tiles.whole(query.mT, key.mT, value.mT)
+        else:
+            out = attention_tiles.whole_maps(query, key, value).mT
+    expected = reference.attention(*(t.mT for t in leaves))
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-14)
+    assert (out.mT if layout == "NCHW" else out).is_contiguous()
     assert out.requires_grad == (learns and grad)
+    if out.requires_grad:
+        found, wanted = (torch.autograd.grad(o.square().sum(), leaves) for o in (out, expected))
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("budget", [7, 100, 1000])
@@ -194,13 +203,8 @@ def test_small_results_are_contiguous_whatever_the_arguments(learns):
 
 
 def test_one_tile_is_told_by_size_and_dtype():
-    def tensors(B, L, S, dtype=torch.float32):
-        return (
-            torch.empty(B, L, 2, dtype=dtype),
-            torch.empty(B, S, 2, dtype=dtype),
-            torch.empty(B, S, 3, dtype=dtype),
-        )
-
-    assert attention_tiles.is_one_tile(*tensors(4, 256, 256))
-    assert not attention_tiles.is_one_tile(*tensors(4, 257, 256))
-    assert not attention_tiles.is_one_tile(*tensors(1, 3, 3, torch.bfloat16))  # summed in float32
+    float32 = [torch.float32] * 3
+    assert attention_tiles.is_one_tile(4, 256, 256, *float32)
+    assert not attention_tiles.is_one_tile(4, 257, 256, *float32)
+    assert not attention_tiles.is_one_tile(1, 3, 3, *[torch.bfloat16] * 3)  # summed in float32
+    assert not attention_tiles.is_one_tile(1, 3, 3, torch.float64, *float32)

@@ -173,10 +173,13 @@ def sagan_attention(
     key, value = F.conv2d(x, key_weight, key_bias), F.conv2d(x, value_weight, value_bias)
     if pool:
         key, value = F.max_pool2d(key, 2), F.max_pool2d(value, 2)
-    key, value = reference.positions(key), reference.positions(value)
-    query = reference.positions(F.conv2d(x, query_weight, query_bias))  # (B, L, E)
-    o, _ = _attention(query, key, value, normalize, chosen, lies_as_value=True)
-    o = o.mT.reshape(x.shape[0], Ev, *x.shape[2:])
+    query, key, value = F.conv2d(x, query_weight, query_bias).flatten(2), key.flatten(2), value.flatten(2)
+    L, S = query.shape[2], key.shape[2]
+    if chosen == "torch" and normalize == "keys" and _at_once(x.shape[0], L, S, query, key, value):
+        o = attention_tiles.whole_maps(query, key, value)
+    else:
+        o = _attention(query.mT, key.mT, value.mT, normalize, chosen, lies_as_value=True)[0].mT
+    o = o.reshape(x.shape[0], Ev, *x.shape[2:])
     return torch.addcmul(x, gamma, o if out_weight is None else F.conv2d(o, out_weight, out_bias))
 
 
@@ -265,21 +268,28 @@ def _attention(
     (B, L, _), S = query.shape, key.shape[1]
     if impl == "reference" or 0 in (B, L, S, *value.shape):
         return reference.attention(query, key, value, normalize=normalize), False
+    if impl == "torch" and normalize == "keys" and _at_once(B, L, S, query, key, value):
+        return attention_tiles.whole(query, key, value), False
     if impl == "torch" and not torch.compiler.is_compiling() and not differentiated(query, key, value):
-        if normalize == "keys" and attention_tiles.is_one_tile(query, key, value):
-            return attention_tiles.whole(query, key, value, lies_as_value=lies_as_value), False
         # without the operators around them: at batch 1 those take a tenth of the time
         if normalize == "keys":
             return attention_tiles.forward(query, key, value, lies_as_value=lies_as_value), False
         return attention_tiles.over_queries(query, key, value), False
-    if impl == "torch" and _stores_map(B, L, S) and not transformed():
-        if normalize == "queries":
-            return reference.attention(query, key, value, normalize=normalize), False
-        return attention_tiles.whole(query, key, value, lies_as_value=lies_as_value), False
+    if impl == "torch" and normalize == "queries" and _stores_map(B, L, S) and not transformed():
+        return reference.attention(query, key, value, normalize=normalize), False
     if normalize == "queries":
         return attention_over_queries(query, key, value, impl), False
     out = attention_and_lse(query, key, value, impl)[0]
     return out, out.requires_grad
+
+
+def _at_once(B: int, L: int, S: int, *tensors: Tensor) -> bool:
+    """Whether the map as a whole is the fastest way on a CPU, of at least one element of each tensor."""
+    if not torch.compiler.is_compiling() and not differentiated(*tensors):
+        at_once = attention_tiles.is_one_tile(B, L, S, *(tensor.dtype for tensor in tensors))
+    else:
+        at_once = _stores_map(B, L, S) and not transformed()
+    return at_once and all(tensor.numel() for tensor in tensors)
 
 
 def _layer_by_matrices(

@@ -57,25 +57,42 @@ def forward(
     return out.to(value.dtype)
 
 
-def whole(query: Tensor, key: Tensor, value: Tensor, *, lies_as_value: bool = False) -> Tensor:
+def whole(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """`forward` with the whole map at once, which autograd may see; computed in the dtype of the tensors.
 
     Args:
         query: (B, L, E).
         key: (B, S, E).
         value: (B, S, Ev).
-        lies_as_value: as in `forward`.
 
     Returns:
         (B, L, Ev).
     """
-    inside = lies_as_value and value.mT.is_contiguous()
-    if inside and torch.is_grad_enabled():  # forward alone the softmax of columns is the slower one
-        return torch.bmm(value.mT, torch.softmax(torch.bmm(key, query.mT), 1)).mT
-    weights = torch.bmm(query, key.mT)
-    seen = weights.requires_grad or torch.compiler.is_compiling()
-    weights = torch.softmax(weights, -1) if seen else torch.softmax(weights, -1, out=weights)
-    return torch.bmm(value.mT, weights.mT).mT if inside else torch.bmm(weights, value)
+    return torch.bmm(_weights(query, key.mT), value)
+
+
+def whole_maps(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """`whole` on feature maps as convolutions leave them: each transposition takes as long as a small product.
+
+    Args:
+        query: (B, E, L).
+        key: (B, E, S).
+        value: (B, Ev, S).
+
+    Returns:
+        (B, Ev, L), its positions inside where they are so in `value`.
+    """
+    if value.stride(1) == 1 and value.stride(2) != 1:
+        return torch.bmm(_weights(query.mT, key), value.mT).mT
+    if torch.is_grad_enabled():  # forward alone the softmax of columns is the slower one
+        return torch.bmm(value, torch.softmax(torch.bmm(key.mT, query), 1))
+    return torch.bmm(value, _weights(query.mT, key).mT)
+
+
+def _weights(rows: Tensor, columns: Tensor) -> Tensor:
+    scores = torch.bmm(rows, columns)
+    seen = scores.requires_grad or torch.compiler.is_compiling()
+    return torch.softmax(scores, -1) if seen else torch.softmax(scores, -1, out=scores)
 
 
 def backward(
@@ -235,12 +252,11 @@ def tile_shape(B: int, L: int, S: int, budget: int = TILE_SCORES) -> tuple[int, 
     return images, max(1, -(-L // parts))
 
 
-def is_one_tile(query: Tensor, key: Tensor, value: Tensor) -> bool:
+def is_one_tile(B: int, L: int, S: int, *dtypes: torch.dtype) -> bool:
     """Whether a forward pass is one tile in 32 or 64 bits: `whole` takes as little as a quarter of the loop's time."""
-    (B, L, _), S = query.shape, key.shape[1]
     if B * L * S > TILE_SCORES and tile_shape(B, L, S) != (B, L):
         return False
-    return query.dtype == key.dtype == value.dtype and query.dtype.itemsize >= 4
+    return len(set(dtypes)) == 1 and dtypes[0].itemsize >= 4
 
 
 def stores_map(B: int, L: int, S: int) -> bool:
