@@ -140,6 +140,25 @@ def test_float16_keeps_a_small_gamma(impl):
         assert (a.double() - b).norm() <= 4e-3 * b.norm()
 
 
+@pytest.mark.parametrize(("batch", "channels"), [(16, 192), (15, 192), (16, 184)])
+def test_wide_small_maps_of_many_images_are_convolved_on_a_cpu(batch, channels, monkeypatch):
+    from sagan_kernels.ops import attention
+
+    products = []
+    by_matrices = attention.__globals__["_layer_by_matrices"]
+    monkeypatch.setitem(
+        attention.__globals__, "_layer_by_matrices", lambda *a: products.append(1) or by_matrices(*a)
+    )
+    given = weights(channels, 24, 96, True, dtype=torch.float64)
+    given = {name: t.cpu() for name, t in given.items()}
+    x = torch.randn(batch, channels, 5, 4, dtype=torch.float64, requires_grad=True)
+    found, expected = (
+        torch.autograd.grad(call(impl, x, given).square().sum(), x)[0] for impl in ("torch", "reference")
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    assert len(products) == (batch < 16 or channels < 192)
+
+
 def test_wide_offsets_change_nothing(monkeypatch):
     from sagan_kernels.ops import sagan_layer
 
