@@ -26,7 +26,7 @@ suite() { # name, seconds, expression, variables
     # interrupted, pytest-benchmark writes what it has
     env "$@" timeout -s INT -k 15 "$seconds" "$python" -m pytest benchmarks -q --benchmark-only --tb=line \
         --show-capture=no --benchmark-json="$out/${prefix}_$name.json" -k "$expression and not smoke" >"$out/$name.log" 2>&1
-    echo "$name: $(tail -n 1 "$out/$name.log")"
+    echo "$name: $(grep -E '(passed|failed|deselected).* in ' "$out/$name.log" || echo "cut short, or broken: see $name.log")"
 }
 
 both="BENCH_DTYPES=bfloat16 float32" large="BENCH_BATCHES=64" quick="BENCH_COMPILERS=0"
