@@ -2,10 +2,10 @@
 # All that only a GPU can show, step by step, each within a time of its own: bash benchmarks/on_gpu.sh OUT [STEP...]
 #
 #   tests          the test suite on the GPU, files in parallel
-#   sanitizer      the attention kernels' tests under compute-sanitizer, where it is installed
+#   sanitizer      the tests of the kernels under compute-sanitizer, where it is installed
 #   attention      layers at batch 64, bfloat16 and float32; what compiles is left out, as in all steps but `compiled`
 #   r1             the same, R1 steps
-#   batch1 core nhwc tf32 compiled     layers at batch 1, the product alone, NHWC, TF32, and against compilers
+#   batch1 batch16 core nhwc tf32 compiled     layers at batch 1 and 16, the product alone, NHWC, TF32, against compilers
 #   spectral_norm training sampling swap scaling
 #   tune           half an hour of tilings
 #
@@ -31,7 +31,7 @@ suite() { # name, seconds, expression, variables
 
 both="BENCH_DTYPES=bfloat16 float32" large="BENCH_BATCHES=64" quick="BENCH_COMPILERS=0"
 ((BASH_VERSINFO[0] >= 4)) || { echo "on_gpu.sh: needs bash 4, got $BASH_VERSION" >&2; exit 1; }
-[ $# -gt 0 ] || set -- tests r1 spectral_norm training attention core batch1 nhwc tf32 swap sampling scaling compiled sanitizer
+[ $# -gt 0 ] || set -- tests r1 spectral_norm training attention core batch1 batch16 nhwc tf32 swap sampling scaling compiled sanitizer
 for step in "$@"; do
     case $step in
     tests)
@@ -52,6 +52,7 @@ for step in "$@"; do
     attention) suite attention 300 "attention_layer and NCHW and not R1" "$large" "$quick" "$both" ;;
     r1) suite attention_r1 300 "attention_layer and NCHW and R1" "$large" "$quick" "$both" ;;
     batch1) suite attention_batch1 120 "attention_layer and NCHW" BENCH_BATCHES=1 "$quick" BENCH_DTYPES=bfloat16 ;;
+    batch16) suite attention_batch16 200 "attention_layer and NCHW" BENCH_BATCHES=16 "$quick" BENCH_DTYPES=bfloat16 ;;
     core) suite attention_core 200 "attention_core and NCHW" "$large" "$quick" BENCH_DTYPES=bfloat16 ;;
     nhwc) suite attention_nhwc 200 "attention_layer and NHWC" "$large" "$quick" BENCH_DTYPES=bfloat16 ;;
     tf32) suite attention_tf32 200 "attention_layer and NCHW and not R1" "$large" "$quick" BENCH_DTYPES=tf32 ;;

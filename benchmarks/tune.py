@@ -261,6 +261,8 @@ def tune(
         while (best := found[task].best) not in (None, tried[0]) and (why := elsewhere(task, best)):
             del found[task].times_ms[best]
             found[task].refused[best] = why
+            if "illegal memory access" in why:
+                break
         if lost := [tile for tile, why in found[task].refused.items() if "illegal memory access" in why]:
             print(
                 f"tune: stopped at {task.kernel} {task.widths}: an illegal memory access, first of {lost[0]}, after "

@@ -635,6 +635,24 @@ def test_tilings_are_tried_at_lengths_that_none_divides(kernel, monkeypatch):
     assert "at (2, 49, 9): error" in tune.wrong_elsewhere(asked, tile, device, torch.float32, size)
 
 
+def test_a_device_lost_elsewhere_ends_the_search_too(capsys):
+    problem = tune.Problem(lambda: EXPECTED, [EXPECTED], 1e-6)
+    times, asked = iter([3.0, 1.0, 2.0]), []
+
+    def elsewhere(task, tile):
+        asked.append(tile)
+        return "RuntimeError: CUDA error: an illegal memory access was encountered"
+
+    plan = [(task("forward"), TILES), (task("row"), TILES)]
+    found = tune.tune(
+        plan, lambda task: problem, lambda kernel, call: next(times), deadline=9, clock=lambda: 0,
+        elsewhere=elsewhere,
+    )  # fmt: skip
+    assert asked == [TILES[1]]
+    assert not found[task("row")].times_ms
+    assert "stopped at forward (16, 16): an illegal memory access" in capsys.readouterr().err
+
+
 def test_what_did_not_compile_is_not_tried():
     problem = tune.Problem(lambda: EXPECTED, [EXPECTED], 1e-6)
     found = tune.tune(

@@ -285,7 +285,7 @@ def _attention(
 
 
 def _at_once(B: int, L: int, S: int, *tensors: Tensor) -> bool:
-    """Whether the map as a whole is the fastest way on a CPU, of at least one element of each tensor."""
+    """Whether computing the map as a whole is the fastest way on a CPU; not for tensors without elements."""
     if not torch.compiler.is_compiling() and not differentiated(*tensors):
         at_once = attention_tiles.is_one_tile(B, L, S, *(tensor.dtype for tensor in tensors))
     else:
